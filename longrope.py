@@ -1,0 +1,757 @@
+"""LongRoPE (arXiv 2402.13753) around a Llama written from scratch: everything but the search and the training.
+
+    $ python search.py                                    # find rescale factors for the bundled model at 8x its window
+    $ python eval_ppl.py --rope none pi ntk yarn out/search-8192/rope.json --len 1024 8192
+
+    from longrope import load_model, Rope
+    model = load_model("assets/model", rope="yarn", length=8192)
+    logits = model(tokens)                                # (B, T) int64 -> (B, T, V)
+
+Dimensions: B batch, T tokens, H query heads, K key/value heads, D head_dim, C model width, V vocabulary.
+Rotary pair i = 0 .. D/2-1 joins the coordinates i and i + D/2 of a head ("split-half", as Hugging Face weights are).
+"""
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sys
+import sysconfig
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "model"
+
+
+class UserError(Exception):
+    """Something the user can put right. `run` prints it as one line and exits with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rope: the subject. Everything LongRoPE changes in a model is the table of cosines and sines made here.
+
+
+def su_factor(scale, window):
+    """sqrt(1 + ln s / ln L0), the attention factor of all released LongRoPE code and of Hugging Face's `longrope`."""
+    return math.sqrt(1 + math.log(scale) / math.log(window)) if scale > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding with one rescale factor per pair (LongRoPE, eq. 3).
+
+    The angle of pair i at position n is  n / (I(lambda_i, n_hat) * theta^(2i/D)),  I = 1 for n < n_hat, else lambda_i.
+    cos and sin are multiplied by `attention_factor`, which sharpens attention over a longer window.
+    `short`, if there, is the rope for sequences of at most `short_max_length` tokens in total.
+    """
+    rescale_factors: tuple                    # lambda_i, (D/2,); 1 leaves a pair alone, s is interpolation by s
+    rope_theta: float                         # theta, the base
+    original_max_position_embeddings: int     # L0, the window the model was trained on
+    scale: float = 1.0                        # s = L'/L0, L' the window these factors are for
+    n_hat: int = 0                            # the first n_hat tokens keep lambda = 1
+    attention_factor: float = 1.0
+    short: "Rope | None" = None
+    short_max_length: int = 0
+
+    # The constructors share their arguments: D, theta, L0 and s. `none` is RoPE as trained.
+
+    @classmethod
+    def none(cls, head_dim, rope_theta, window, scale=1.0):
+        return cls((1.0,) * (head_dim // 2), rope_theta, window, scale)
+
+    @classmethod
+    def pi(cls, head_dim, rope_theta, window, scale):
+        """Position interpolation (arXiv 2306.15595): lambda_i = s."""
+        return cls((float(scale),) * (head_dim // 2), rope_theta, window, scale)
+
+    @classmethod
+    def ntk(cls, head_dim, rope_theta, window, scale):
+        """NTK-aware scaling: lambda_i = s^(2i/(D-2)), from 1 at the fastest pair to s at the slowest."""
+        factors = scale ** (2 * np.arange(head_dim // 2) / (head_dim - 2))
+        return cls(tuple(factors.tolist()), rope_theta, window, scale)
+
+    @classmethod
+    def yarn(cls, head_dim, rope_theta, window, scale, beta_fast=32, beta_slow=1):
+        """YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times within the window stay as they are, those
+        that turn less than beta_slow times are interpolated, between lies a linear ramp. Attention factor 0.1 ln s + 1.
+        """
+        def pair_turning(times):  # the (fractional) pair that makes `times` full turns within the window
+            return head_dim * math.log(window / (times * 2 * math.pi)) / (2 * math.log(rope_theta))
+        low = max(math.floor(pair_turning(beta_fast)), 0)
+        high = min(math.ceil(pair_turning(beta_slow)), head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)  # 0 keep ... 1 interpolate
+        factors = 1 / ((1 - ramp) + ramp / scale)
+        attention_factor = 0.1 * math.log(scale) + 1 if scale > 1 else 1.0
+        return cls(tuple(factors.tolist()), rope_theta, window, scale, attention_factor=attention_factor)
+
+    @classmethod
+    def longrope(cls, rescale_factors, rope_theta, window, scale, n_hat=0, attention_factor=None):
+        """Factors of one's own, with plain RoPE up to the original window. attention_factor: None is `su_factor`."""
+        plain = cls.none(2 * len(rescale_factors), rope_theta, window)
+        factor = su_factor(scale, window) if attention_factor is None else attention_factor
+        return cls(tuple(map(float, rescale_factors)), rope_theta, window, scale, n_hat, factor, plain, window)
+
+    @classmethod
+    def named(cls, name, config, length):
+        """"none", "pi", "ntk" or "yarn" for `length` tokens; "yarn:16" fixes s = 16 instead of length / window."""
+        name, _, fixed = name.partition(":")
+        window = config.rope.original_max_position_embeddings
+        try:
+            scale = float(fixed) if fixed else max(1.0, length / window)
+        except ValueError:
+            scale = 0.0
+        if not 1 <= scale < math.inf:
+            raise UserError(f"rope {name}:{fixed}: the number behind the colon is s, the extension, a number from 1 up")
+        return getattr(cls, name)(config.head_dim, config.rope.rope_theta, window, scale)
+
+    def at(self, length):
+        """The set of factors for a sequence of `length` tokens in total: the short one or this."""
+        return self.short if self.short and length <= self.short_max_length else self
+
+    def inv_freq(self, rescale_factors=None):
+        """1 / (lambda_i * theta^(2i/D)), radians per token, (D/2,) float64."""
+        pairs = len(self.rescale_factors)
+        factors = np.asarray(self.rescale_factors if rescale_factors is None else rescale_factors, dtype=np.float64)
+        return 1.0 / (factors * self.rope_theta ** (np.arange(pairs) / pairs))
+
+    def table(self, length, device="cpu", total_length=None):
+        """cos and sin, (T, D/2) float32 each, for positions 0 .. length-1.
+
+        The set of factors is chosen by `total_length`, the tokens there will be in the end, by default `length`.
+        The angles are float64: in float32 the cosine is off by 0.0076 at 131072 positions and by 0.12 at 2M.
+        """
+        rope = self.at(total_length or length)
+        inv_freq = torch.from_numpy(rope.inv_freq()).to(device)
+        angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * inv_freq  # (T, D/2)
+        kept = min(rope.n_hat, length)
+        plain = torch.from_numpy(rope.inv_freq(np.ones(len(inv_freq)))).to(device)
+        angles[:kept] = torch.arange(kept, dtype=torch.float64, device=device)[:, None] * plain  # n < n_hat
+        return (angles.cos() * rope.attention_factor).float(), (angles.sin() * rope.attention_factor).float()
+
+    def to_dict(self):
+        """The keys of Hugging Face's `rope_parameters` for longrope, then those the format has no place for."""
+        short = self.short or self
+        return {
+            "rope_type": "longrope", "rope_theta": self.rope_theta, "factor": self.scale,
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+            "long_factor": list(self.rescale_factors), "short_factor": list(short.rescale_factors),
+            "attention_factor": self.attention_factor,
+            "long_n_hat": self.n_hat, "short_n_hat": short.n_hat, "short_attention_factor": short.attention_factor,
+            "short_max_length": self.short_max_length or self.original_max_position_embeddings,
+        }
+
+    @classmethod
+    def from_dict(cls, d, source="rope"):
+        """The inverse of `to_dict`. A plain Hugging Face dict has one attention factor for both sets and no n_hat."""
+        if d.get("rope_type", "longrope") != "longrope":
+            raise UserError(f"{source}: rope_type {d['rope_type']!r} is not longrope")
+        given = {k: v for k, v in d.items() if v is not None}
+        try:
+            window, theta = int(d["original_max_position_embeddings"]), float(d["rope_theta"])
+            scale = float(given.get("factor", 1.0))
+            factor = float(given["attention_factor"] if "attention_factor" in given else su_factor(scale, window))
+            long, short = (tuple(map(float, d[k])) for k in ("long_factor", "short_factor"))
+            n_hats = int(d.get("long_n_hat", 0)), int(d.get("short_n_hat", 0))
+            short_factor = float(d.get("short_attention_factor", factor))
+            short_max = int(d.get("short_max_length", window))
+        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+            raise UserError(f"{source}: not a longrope description ({type(e).__name__}: {e})") from None
+        if len(long) != len(short):
+            raise UserError(f"{source}: long_factor has {len(long)} factors, short_factor {len(short)}")
+        if not all(math.isfinite(x) and x > 0 for x in (*long, *short, factor, short_factor, theta, scale, window)):
+            raise UserError(f"{source}: factors must be finite and above 0")
+        if min(*n_hats, short_max) < 0:
+            raise UserError(f"{source}: n_hat and short_max_length must be 0 or more")
+        return cls(long, theta, window, scale, n_hats[0], factor,
+                   cls(short, theta, window, 1.0, n_hats[1], short_factor), short_max)
+
+    @classmethod
+    def load(cls, path):
+        return cls.from_dict(read_json(path), source=str(path))
+
+    def save(self, path, **extra):
+        """Write rope.json; `extra` (a search's record) goes behind the rope's own keys."""
+        write_json(path, {**self.to_dict(), **extra})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+# Exact kernels in order of preference; PyTorch takes the first that supports the device, dtype and head_dim.
+KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention(q, k, v):
+    """Causal softmax(q k^T / sqrt(D)) v. q (B, T, H, D); k, v (B, T, K, D), H a multiple of K -> (B, T, H, D).
+
+    A single query may come with the keys and values of a cache, of which it is the last: it sees them all.
+    """
+    assert q.shape[1] in (1, k.shape[1]), f"{q.shape[1]} queries for {k.shape[1]} keys"
+    causal = q.shape[1] > 1
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens, as SDPA wants them
+    with sdpa_kernel(KERNELS, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (i, i + D/2) of x (B, T, heads, D) by its angle, in float32. cos, sin (T, D/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]  # the same for every head
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Cache:
+    """One layer's keys, already turned, and values: room for T tokens of one sequence, filled from the front."""
+
+    def __init__(self, length, config, like):
+        self.filled, shape = 0, (1, length, config.num_key_value_heads, config.head_dim)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # (1, T, K, D)
+
+    def append(self, k, v):
+        """Those of the next tokens in, those of all tokens so far out."""
+        start, self.filled = self.filled, self.filled + k.shape[1]
+        self.k[:, start:self.filled], self.v[:, start:self.filled] = k, v
+        return self.k[:, :self.filled], self.v[:, :self.filled]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Llama. Module and parameter names are Hugging Face's, so that weights load strictly and without renaming.
+
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int
+    hidden_size: int              # C
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int      # H
+    num_key_value_heads: int      # K
+    head_dim: int                 # D
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: Rope                    # what config.json says of it
+    hf: dict                      # config.json as it was read, so that saving keeps what we do not use
+
+    @classmethod
+    def from_dict(cls, d, source="config.json"):
+        """Hugging Face's config.json, of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
+        if not isinstance(d, dict):
+            raise UserError(f"{source}: not a JSON object")
+        name = (d.get("architectures") or [d.get("model_type", "unknown")])[0]
+        if d.get("model_type") != "llama":
+            raise UserError(f"{source}: {name} is not supported; supported: LlamaForCausalLM")
+        if d.get("hidden_act", "silu") != "silu" or d.get("attention_bias") or d.get("mlp_bias"):
+            raise UserError(f"{source}: only Llamas with SwiGLU (hidden_act silu) and without biases are supported")
+        try:
+            heads = d["num_attention_heads"]
+            head_dim = d.get("head_dim") or d["hidden_size"] // heads
+            sizes = {k: d[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+            window = d["max_position_embeddings"]
+        except KeyError as e:
+            raise UserError(f"{source}: {e} is missing") from None
+        rope = {"rope_theta": d.get("rope_theta", 10000.0), "original_max_position_embeddings": window}
+        rope |= d.get("rope_scaling") or {}
+        rope |= d.get("rope_parameters") or {}
+        rope |= {k: d[k] for k in ("original_max_position_embeddings",) if k in d}  # as transformers does
+        match rope.get("rope_type", rope.get("type", "default")):
+            case "default":
+                rope = Rope.none(head_dim, float(rope["rope_theta"]), window)
+            case "longrope":
+                rope = Rope.from_dict({"factor": window / rope["original_max_position_embeddings"]} | rope, source)
+                check_pairs(rope, head_dim, source)
+            case other:
+                raise UserError(f"{source}: rope type {other!r} is not supported; supported: default, longrope")
+        return cls(**sizes, num_attention_heads=heads, num_key_value_heads=d.get("num_key_value_heads") or heads,
+                   head_dim=head_dim, rms_norm_eps=d.get("rms_norm_eps", 1e-6),
+                   tie_word_embeddings=d.get("tie_word_embeddings", False), rope=rope, hf=d)
+
+
+def check_pairs(rope, head_dim, source):
+    pairs = len(rope.rescale_factors)
+    if pairs != head_dim // 2:
+        raise UserError(f"{source}: {pairs} factors are for head_dim {2 * pairs}, this model has head_dim {head_dim} "
+                        f"and needs {head_dim // 2}")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; PyTorch's own does the sum in float32."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache:
+            k, v = cache.append(k, v)
+        out = attention(q, k, v)
+        return self.o_proj(out.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """`rope` is data, not a module: assign another Rope and the next forward pass uses it."""
+
+    def __init__(self, config, rope=None):
+        super().__init__()
+        self.config = config
+        self.rope = rope or config.rope
+        self.path = None  # the directory it was loaded from
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config),
+        })
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def unembedding(self):
+        """The output matrix, (V, C): the input embedding again where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def window(self):
+        """The window the model was trained on, in tokens, whatever its rope now is."""
+        return self.config.rope.original_max_position_embeddings
+
+    def hidden(self, tokens, table=None, caches=None):
+        """(B, T) int64 -> (B, T, C), the states whose product with `unembedding` are the logits.
+
+        `generate` brings the rows of a longer table that are these tokens', and a cache for each layer.
+        """
+        cos, sin = table or self.rope.table(tokens.shape[1], tokens.device)  # once, passed down to every layer
+        x = self.model.embed_tokens(tokens)
+        for block, cache in zip(self.model.layers, caches or [None] * len(self.model.layers)):
+            x = block(x, cos, sin, cache)
+        return self.model.norm(x)
+
+    def forward(self, tokens):
+        """(B, T) int64 -> logits (B, T, V). Whole logits of a long sequence are huge: `token_nll` works in chunks."""
+        return F.linear(self.hidden(tokens), self.unembedding)
+
+
+@torch.inference_mode()
+def generate(model, tokens, count, length=None, stop=()):
+    """Greedy decoding: the list of at most `count` tokens after tokens (T,), ending before a token of `stop`.
+
+    The set of factors is that for `length` tokens, by default all there will be, and the table is made once for all:
+    keys in a cache cannot be turned anew when the sequence grows over the original window.
+    """
+    total, new = len(tokens) + count, []
+    tokens = tokens.to(model.unembedding.device)
+    cos, sin = model.rope.table(total, tokens.device, length)
+    caches = [Cache(total, model.config, model.unembedding) for _ in model.model.layers]
+    while len(new) < count:
+        now = slice(caches[0].filled, caches[0].filled + len(tokens))  # the whole prompt, then one token at a time
+        last = model.hidden(tokens[None], (cos[now], sin[now]), caches)[0, -1]
+        tokens = F.linear(last, model.unembedding).argmax().view(1)
+        if tokens.item() in stop:
+            break
+        new.append(tokens.item())
+    return new
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: Hugging Face directories (config.json, *.safetensors, tokenizer.json), with rope.json beside.
+
+
+def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=None):
+    """The model in a Hugging Face directory or on the Hub, in eval mode.
+
+    rope: None = what the directory says (its rope.json before its config), "config" = its config alone, a Rope, a path
+    to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu.
+    dtype: bfloat16 on cuda, float32 on cpu. Raises UserError.
+    """
+    path = model_directory(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    config = LlamaConfig.from_dict(read_json(path / "config.json"), str(path / "config.json"))
+    with torch.device("meta"):
+        model = Llama(config)
+    state = dict(read_weights(path, device, dtype))
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)  # some checkpoints hold the tied matrix twice
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as e:  # missing, unexpected or wrongly shaped tensors
+        raise UserError(f"{path}: " + " ".join(str(e).split())[:300]) from None
+    model.path = path
+    model.rope = resolve_rope(rope, model, length)
+    return model.requires_grad_(False).eval()
+
+
+def model_directory(path):
+    """A directory stays itself; NAME/REPO that is no directory is fetched from the Hub (the needed files only)."""
+    path = Path(path)
+    if path.is_dir():
+        return path
+    if len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
+        raise UserError(f"model {path}: no such directory")
+    from huggingface_hub import snapshot_download  # only here, so that everything else works without it
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as e:  # the Hub client raises its own, requests' and the system's errors
+        raise UserError(f"model {path}: no such directory, and the Hub says: {str(e).splitlines()[0]}") from None
+
+
+def read_weights(path, device, dtype):
+    """Yield (name, tensor) of every safetensors file of a directory, each moved to its place as it is read."""
+    files = sorted(path.glob("*.safetensors"))
+    if (index := path / "model.safetensors.index.json").exists():
+        files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    if not files:
+        raise UserError(f"{path}: no .safetensors file (other formats are not read, since they can run code)")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118, it is no dict
+                    yield name, f.get_tensor(name).to(device, dtype)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file}: {e}") from None
+
+
+def resolve_rope(rope, model, length=None):
+    """A Rope from what `load_model` and the command lines accept (see there), checked against the model."""
+    if rope is None:
+        rope = model.path / "rope.json" if (model.path / "rope.json").exists() else "config"
+    if rope == "config":
+        return model.config.rope
+    if isinstance(rope, str) and rope.partition(":")[0] in ("none", "pi", "ntk", "yarn"):
+        return Rope.named(rope, model.config, length or model.window)
+    if not isinstance(rope, Rope):
+        if not Path(rope).is_file():
+            raise UserError(f"rope {rope}: neither none, pi, ntk, yarn or config nor a rope.json file")
+        source, rope = rope, Rope.load(rope)
+        if not math.isclose(rope.rope_theta, theta := model.config.rope.rope_theta):
+            raise UserError(f"{source}: rope_theta {rope.rope_theta:g}, this model has {theta:g}")
+        check_pairs(rope, model.config.head_dim, source)
+        return rope
+    check_pairs(rope, model.config.head_dim, "rope")
+    return rope
+
+
+def save_model(model, path, dtype=torch.bfloat16):
+    """Write a Hugging Face directory that transformers loads as it is, with the model's rope in config.json and, with
+    what config.json has no place for, in rope.json. The tokenizer is copied from the directory the model came from."""
+    path, rope = Path(path), model.rope
+    path.mkdir(parents=True, exist_ok=True)
+    config = {k: v for k, v in model.config.hf.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    if set(rope.rescale_factors) == {1.0} and rope.attention_factor == 1.0 and not rope.short:
+        config |= {"rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta},
+                   "max_position_embeddings": model.window}
+        (path / "rope.json").unlink(missing_ok=True)
+    else:
+        keys = list(rope.to_dict())[:7]  # what Hugging Face knows
+        config |= {"rope_parameters": {k: rope.to_dict()[k] for k in keys},
+                   "max_position_embeddings": round(rope.scale * rope.original_max_position_embeddings)}
+        rope.save(path / "rope.json")
+    write_json(path / "config.json", config)
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+    with whole_file(path / "model.safetensors") as part:
+        save_file(state, part, metadata={"format": "pt"})
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded model that was here
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if model.path and model.path != path and (model.path / name).exists():
+            with whole_file(path / name) as part:
+                part.write_bytes((model.path / name).read_bytes())
+
+
+def load_tokenizer(path=BUNDLED_MODEL):
+    """tokenizer.json of a model directory, as a `tokenizers.Tokenizer`."""
+    file = model_directory(path) / "tokenizer.json"
+    if not file.exists():
+        raise UserError(f"{file}: not found")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises no narrower class
+        raise UserError(f"{file}: {e}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents: text -> tokens -> windows of exactly T tokens.
+
+
+@dataclass
+class Window:
+    document: str
+    tokens: torch.Tensor  # (T,) int64
+    first: int = 1        # tokens first .. T-1 are scored
+
+
+def read_documents(paths, min_characters=0):
+    """Yield (name, text) from .txt files, directories of them and .jsonl files with a "text" field, in the order given
+    and, within a directory, of the names. No path: long documents made of this Python's standard library."""
+    if not paths:
+        yield from standard_library(min_characters)
+    for path in map(Path, paths or ()):
+        if not path.exists():
+            raise UserError(f"data {path}: no such file or directory")
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"data {path}: no .txt or .jsonl file in it")
+        for file in files:
+            if file.suffix != ".jsonl":
+                yield file.name, file.read_text(encoding="utf-8", errors="replace")
+                continue
+            with open(file, encoding="utf-8", errors="replace") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        text = json.loads(line)["text"]
+                        assert isinstance(text, str)
+                    except (ValueError, KeyError, TypeError, AssertionError):
+                        raise UserError(f"{file}, line {number}: not a JSON object with a \"text\" field") from None
+                    yield f"{file.name}:{number}", text
+
+
+def standard_library(min_characters):
+    """Yield (name, text): the packages and modules of this Python's standard library, the largest first, each whole, as
+    many joined into a document as it takes to reach `min_characters`. Without tests and the tables in encodings.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    without = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+    texts = {}
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        if not without & set(parts):
+            name = parts[0].removesuffix(".py")
+            texts[name] = texts.get(name, "") + file.read_text(encoding="utf-8", errors="replace") + "\n"
+    names = sorted(texts, key=lambda name: (-len(texts[name]), name))
+    while names:
+        joined, text = [], ""
+        while names and len(text) < min_characters:
+            joined.append(names.pop(0))
+            text += texts[joined[-1]]
+        yield "stdlib:" + "+".join(joined[:2]) + ("+..." if len(joined) > 2 else ""), text
+
+
+def windows(documents, tokenizer, length, samples, bos=None):
+    """The first `length` tokens of each of the first `samples` documents that have so many -> list of Window.
+
+    A beginning-of-text token comes first if the tokenizer adds it by itself or it is given as `bos`. Shorter documents
+    are left out, with a line on stderr. Raises UserError if none is long enough.
+    """
+    found, short, longest = [], 0, 0
+    for name, text in documents:
+        characters = 8 * length  # encode a beginning only; books are far longer than most windows
+        while True:
+            tokens = tokenizer.encode(text[:characters]).ids
+            tokens = tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
+            if len(tokens) > length + 16 or characters >= len(text):  # the cut changes the last few tokens at most
+                break
+            characters *= 2
+        if len(tokens) < length:
+            short, longest = short + 1, max(longest, len(tokens))
+            continue
+        found.append(Window(name, torch.tensor(tokens[:length])))
+        if len(found) == samples:
+            break
+    if not found:
+        raise UserError(f"no document of {length} tokens: the longest of {short} has {longest}; "
+                        "give longer documents (--data) or a shorter --len")
+    if short and rank() == 0:
+        print(f"left out {short} documents shorter than {length} tokens", file=sys.stderr)
+    return found
+
+
+def data_hash(found):
+    """sha256 over the tokens of the windows: what was measured, whatever files it came from."""
+    return hashlib.sha256(b"".join(w.tokens.numpy().tobytes() for w in found)).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measure: perplexity = exp(total NLL / total tokens). The search, the evaluators and fine-tuning all come through here.
+
+
+def token_nll(hidden, unembedding, targets, chunk=4096):
+    """-log p of each target. hidden (N, C), targets (N,) -> (N,) float32.
+
+    Logits exist for `chunk` tokens at a time; when gradients are wanted they are computed again in the backward pass.
+    """
+    def of_chunk(h, t):
+        return F.cross_entropy(F.linear(h, unembedding).float(), t, reduction="none")
+    parts = zip(hidden.split(chunk), targets.split(chunk))
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in parts])
+    return torch.cat([of_chunk(h, t) for h, t in parts])
+
+
+@torch.inference_mode()
+def window_nll(model, tokens, first=1):
+    """-log p of tokens first .. T-1 of one window, each given all before it. tokens (T,) -> (T-first,) float64, CPU."""
+    tokens = tokens.to(model.unembedding.device)
+    hidden = model.hidden(tokens[None])[0]
+    return token_nll(hidden[first - 1:-1], model.unembedding, tokens[first:]).double().cpu()
+
+
+def forward_flops(model, length):
+    """Floating-point operations of one forward pass over a window of `length` tokens: 2 for each weight and token, and
+    causal attention's two matrix products, 2 * 2 * T^2/2 * H * D in each layer."""
+    c = model.config
+    matrices = sum(p.numel() for block in model.model.layers for p in block.parameters()) + model.unembedding.numel()
+    return 2 * matrices * length + 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the scripts share: arguments, processes, files, errors.
+
+
+def add_arguments(parser, data=True):
+    parser.add_argument("--model", default=str(BUNDLED_MODEL),
+                        help="Hugging Face directory or Hub id (default: the bundled model)")
+    if data:
+        parser.add_argument("--data", nargs="+", default=[], metavar="PATH",
+                            help=".txt files, directories, .jsonl with \"text\" (default: Python's standard library)")
+    parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+                        help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+
+
+def versions():
+    """Of what a result depends on, for the record beside it."""
+    cuda = torch.cuda.is_available()
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores {platform.machine()}"}
+
+
+def describe(model, args):
+    """What must agree, among other things, for rows of two runs to stand in one table."""
+    sample = hashlib.sha256()  # of a little of every tensor: quick, and any training changes it
+    for p in model.parameters():
+        sample.update(p.flatten()[:1024].double().cpu().numpy().tobytes())
+    return {"model": str(args.model), "weights_sha256": sample.hexdigest(),
+            "dtype": str(model.unembedding.dtype).removeprefix("torch."), "versions": versions()}
+
+
+def join_processes(device=None):
+    """Under torchrun: join its processes and take this one's GPU. Before `load_model`."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        cuda = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # a window can take an hour
+
+
+def rank():
+    """The number of this process; 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(line):
+    """A line on stdout, of the first process only, clear of the progress bar."""
+    if rank() == 0:
+        tqdm.write(line)
+
+
+def spread(measure, items):
+    """[measure(x) for x in items], dealt to torchrun's processes. All of them get the whole list in the order of
+    `items`, so sums over it do not depend on their number."""
+    size, mine = world_size(), [measure(x) for x in items[rank()::world_size()]]
+    parts = [mine] * size
+    if size > 1:
+        dist.all_gather_object(parts, mine)
+    return [parts[i % size][i // size] for i in range(len(items))]
+
+
+@contextmanager
+def whole_file(path):
+    """A file appears whole or not at all: give out a name beside it, rename when it is written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    yield part
+    os.replace(part, path)
+
+
+def write_json(path, value):
+    with whole_file(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def run(main):
+    """main() with mistakes of the user's, and running out of memory, told in one line and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
+    except RuntimeError as e:  # torch.OutOfMemoryError is one, but a CPU's is a plain RuntimeError
+        if not (needed := re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)):
+            raise
+        sys.exit(print(f"{Path(sys.argv[0]).name}: out of memory, {needed[0]}: lower --len", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: stopped; what it has written so far is whole")
+    if dist.is_initialized():
+        dist.barrier()  # none tears its connections down while another still writes
+        dist.destroy_process_group()

@@ -1,0 +1,151 @@
+"""What the tests share: random tiny Llamas on disk, a small byte-level BPE, documents, calls of the scripts."""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or huggingface_hub is imported: no test needs a network
+# One thread, before torch is imported: tiny models gain nothing from more, and on a busy machine threads wait for each
+# other fifty times longer than they work. The scripts that the tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import longrope
+
+ROOT = Path(longrope.__file__).resolve().parent
+WINDOW, HEAD_DIM, VOCAB, BOS, EOS = 64, 64, 512, 0, 1
+WORDS = ("the a of and in to it was that he she they river mountain letter window morning evening captain garden music "
+         "silver winter answer question stone bridge walked found carried opened remembered forgot slowly never always "
+         "under behind across without quiet old bright small other first last 7 42 1815")
+
+
+def prose(seed, words):
+    """Sentences of random words, the same for the same seed."""
+    rng = random.Random(seed)
+    sentences = []
+    while words > 0:
+        length = rng.randint(4, 14)
+        sentences.append(" ".join(rng.choices(WORDS.split(), k=length)).capitalize() + ".")
+        words -= length
+    return " ".join(sentences)
+
+
+def tiny_config(**changes):
+    return transformers.LlamaConfig(**{
+        "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": HEAD_DIM,  # not hidden_size / heads: no test passes by that coincidence
+        "max_position_embeddings": WINDOW,
+        "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True, "bos_token_id": BOS, "eos_token_id": EOS,
+        "initializer_range": 0.1,  # five times the usual, so that attention, and with it the rope, matters
+        **changes})
+
+
+def save_tiny(path, shard="5GB", **changes):
+    """Write a random tiny Llama as transformers does, and return transformers' own model of it."""
+    torch.manual_seed(0)
+    hf = transformers.LlamaForCausalLM(tiny_config(**changes)).eval()
+    for name, weight in hf.named_parameters():
+        if name.endswith("norm.weight"):  # ones would hide a norm that forgets its weight
+            weight.data.uniform_(0.5, 1.5)
+    hf.save_pretrained(path, max_shard_size=shard)
+    return hf
+
+
+def hf_logits(hf, tokens):
+    with torch.no_grad():
+        return hf(tokens, use_cache=False).logits
+
+
+class OurTable(torch.nn.Module):
+    """Stands in for transformers' rotary embedding and gives out the table of one of our ropes."""
+
+    def __init__(self, rope):
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, x, position_ids):
+        cos, sin = self.rope.table(x.shape[1])
+        return torch.cat((cos, cos), -1)[None].to(x.dtype), torch.cat((sin, sin), -1)[None].to(x.dtype)
+
+
+def random_tokens(length, seed=0, vocab=VOCAB):
+    return torch.randint(vocab, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_factors(seed, largest, pairs=HEAD_DIM // 2):
+    """Non-decreasing multiples of 0.01 from 1 to `largest`."""
+    rng = random.Random(seed)
+    return tuple(sorted(rng.randint(100, round(100 * largest)) / 100 for _ in range(pairs)))
+
+
+def run_script(name, *arguments):
+    """A script as a user starts it, on the CPU."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def complaint(main, capsys, *arguments):
+    """The one line on stderr of a run that must end with exit code 2, no traceback and nothing else on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        longrope.run(lambda: main([*map(str, arguments), "--device", "cpu"]))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "Traceback" not in lines[0], lines
+    return lines[0]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The directory of a random tiny Llama (grouped-query, tied, window 64) with a tokenizer that puts a BOS first."""
+    path = tmp_path_factory.mktemp("tiny")
+    save_tiny(path)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([prose(0, 5000)], trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def books(tmp_path_factory):
+    """A directory of six documents, each well over 512 tokens, and one of a few words."""
+    path = tmp_path_factory.mktemp("books")
+    for i in range(6):
+        (path / f"book{i}.txt").write_text(prose(100 + i, 1000))
+    (path / "note.txt").write_text("A note of a few words.")
+    return path
+
+
+@pytest.fixture
+def tiny_model(tiny):
+    return longrope.load_model(tiny, device="cpu")
+
+
+@pytest.fixture
+def tiny_rope():
+    """A searched-looking rope for four times the tiny window."""
+    return longrope.Rope.longrope(random_factors(1, 4), 10000.0, WINDOW, 4.0)
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled model's directory and our model of it."""
+    return SimpleNamespace(path=longrope.BUNDLED_MODEL, model=longrope.load_model(device="cpu"))

@@ -1,0 +1,420 @@
+"""The Llama against transformers', checkpoints, windows, and the measure of all scripts."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    BOS,
+    HEAD_DIM,
+    VOCAB,
+    WINDOW,
+    OurTable,
+    hf_logits,
+    prose,
+    random_factors,
+    random_tokens,
+    save_tiny,
+)
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from longrope import (
+    Rope,
+    UserError,
+    attention,
+    data_hash,
+    load_model,
+    load_tokenizer,
+    read_documents,
+    save_model,
+    token_nll,
+    window_nll,
+    windows,
+)
+
+
+def assert_same_logits(ours, theirs):
+    assert theirs.std() > 0.1  # there is something to compare
+    assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def longrope_parameters(**changes):
+    return {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": WINDOW,
+            "long_factor": list(random_factors(1, 4)), "short_factor": list(random_factors(2, 1.2)), **changes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logits
+
+
+@pytest.mark.parametrize("shard", ["5GB", "200KB"], ids=["one file", "sharded"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["multi-head", "grouped-query", "multi-query"])
+def test_logits_equal_those_of_transformers(tmp_path, kv_heads, tied, shard):
+    hf = save_tiny(tmp_path, shard, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (shard == "200KB")
+    model = load_model(tmp_path, device="cpu")
+    assert hasattr(model, "lm_head") != tied
+    tokens = torch.cat((random_tokens(WINDOW, 0), random_tokens(WINDOW, 1)))
+    ours = model(tokens)
+    assert ours.shape == (2, WINDOW, VOCAB) and ours.dtype == torch.float32
+    assert_same_logits(ours, hf_logits(hf, tokens))
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.3}], ids=["default attention factor", "1.3"])
+def test_longrope_logits_equal_those_of_transformers_below_at_and_above_the_window(tmp_path, changes):
+    hf = save_tiny(tmp_path, rope_parameters=longrope_parameters(**changes), max_position_embeddings=4 * WINDOW)
+    model = load_model(tmp_path, device="cpu")
+    assert model.window == WINDOW
+    for length in (WINDOW - 1, WINDOW, WINDOW + 1, 4 * WINDOW):
+        tokens = random_tokens(length)
+        assert_same_logits(model(tokens), hf_logits(hf, tokens))
+    plain = load_model(tmp_path, "none", device="cpu")
+    assert (plain(tokens) - model(tokens)).abs().max() > 0.1  # the rope shows in the logits
+
+
+def test_a_config_of_transformers_4_is_read_like_one_of_transformers_5(tmp_path):
+    hf = save_tiny(tmp_path, rope_parameters=longrope_parameters(), max_position_embeddings=4 * WINDOW)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = random_tokens(2 * WINDOW)
+    assert_same_logits(load_model(tmp_path, device="cpu")(tokens), hf_logits(hf, tokens))
+
+
+def test_a_rope_theta_of_its_own_is_read(tmp_path):
+    for parameters in ({"rope_type": "default", "rope_theta": 500.0}, longrope_parameters(rope_theta=500.0)):
+        hf = save_tiny(tmp_path, rope_parameters=parameters)
+        tokens = random_tokens(WINDOW)
+        model = load_model(tmp_path, device="cpu")
+        assert model.rope.rope_theta == 500.0
+        assert_same_logits(model(tokens), hf_logits(hf, tokens))
+
+
+@pytest.mark.parametrize("n_hat", [0, 5])
+def test_logits_equal_those_of_transformers_with_our_table_put_in(tiny, n_hat):
+    model = load_model(tiny, Rope.longrope(random_factors(1, 8), 10000.0, WINDOW, 8.0, n_hat), device="cpu")
+    hf = LlamaForCausalLM.from_pretrained(tiny).eval()
+    tokens = random_tokens(8 * WINDOW)
+    hf.model.rotary_emb = OurTable(model.rope)
+    assert_same_logits(model(tokens), hf_logits(hf, tokens))
+
+
+def test_the_bundled_model_has_the_logits_of_transformers_with_our_table_put_in(bundled):
+    """transformers' own angles are float32: at 1024 positions its cos and sin are off by about 5e-5, ours by 3e-8, and
+    that alone moves a logit by 3e-4."""
+    model = bundled.model
+    assert model.config.head_dim == 64 and model.window == 1024
+    hf = AutoModelForCausalLM.from_pretrained(bundled.path, dtype=torch.float32).eval()
+    text = next(iter(read_documents([], 10_000)))[1]
+    tokens = torch.tensor([load_tokenizer(bundled.path).encode(text).ids[:1024]])
+    assert tokens.shape == (1, 1024)
+
+    exact = torch.arange(1024, dtype=torch.float64)[:, None] * torch.from_numpy(model.rope.inv_freq())
+    theirs = hf.model.rotary_emb(torch.zeros(1), torch.arange(1024)[None])
+    ours = model.rope.table(1024)
+    for their, our, true in zip(theirs, ours, (exact.cos(), exact.sin())):
+        assert 1e-5 < (their[0, :, :32].double() - true).abs().max() < 1e-4
+        assert (our.double() - true).abs().max() < 3.1e-8
+
+    logits = model(tokens)
+    assert 0 < (hf_logits(hf, tokens) - logits).abs().max() < 3e-3  # transformers as it is, with its own angles
+    hf.model.rotary_emb = OurTable(model.rope)
+    assert_same_logits(hf_logits(hf, tokens), logits)
+    nll = window_nll(model, tokens[0])
+    assert nll.mean() < 4  # a trained model: a uniform guess costs ln 4096 = 8.3
+
+
+def test_attention_is_causal_softmax_with_every_key_head_shared_by_a_group_of_query_heads():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    out = attention(q, k, v)
+    for b, t, h in ((0, 0, 0), (0, 6, 1), (1, 3, 2), (1, 6, 3)):
+        weights = (k[b, :t + 1, h // 2] @ q[b, t, h] / 8 ** 0.5).softmax(0)
+        assert_close(out[b, t, h], weights @ v[b, :t + 1, h // 2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_save_and_load_give_back_the_weights_and_the_rope(tiny, tmp_path):
+    tokens = random_tokens(3 * WINDOW)
+    for rope in (None, Rope.longrope(random_factors(1, 4), 10000.0, WINDOW, 4.0, n_hat=5)):
+        model = load_model(tiny, rope, device="cpu")
+        save_model(model, tmp_path / "out", dtype=torch.float32)
+        again = load_model(tmp_path / "out", device="cpu")
+        assert again.rope == model.rope and again.window == WINDOW
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
+        assert torch.equal(again(tokens), model(tokens))
+        assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+
+
+def test_weights_are_saved_in_bfloat16_unless_said_otherwise(tiny_model, tmp_path):
+    save_model(tiny_model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(torch.equal(saved[k], v.bfloat16()) for k, v in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_transformers_loads_a_saved_directory_as_it_is(tmp_path, tiny, tied):
+    save_tiny(tmp_path / "in", tie_word_embeddings=tied)
+    (tmp_path / "in" / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    rope = Rope.longrope(random_factors(1, 4), 10000.0, WINDOW, 4.0)
+    model = load_model(tmp_path / "in", rope, device="cpu")
+    save_model(model, tmp_path / "out", dtype=torch.float32)
+    hf, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert hf.dtype == torch.float32 and hf.config.max_position_embeddings == 4 * WINDOW
+    for length in (WINDOW + 1, 4 * WINDOW):
+        tokens = random_tokens(length)
+        assert_same_logits(hf_logits(hf.eval(), tokens), model(tokens))
+    text = prose(9, 50)
+    ids = load_tokenizer(tmp_path / "out").encode(text).ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == ids and ids[0] == BOS
+
+
+@pytest.mark.parametrize("name", ["pi", "ntk", "yarn"])
+def test_transformers_loads_a_model_saved_with_one_set_of_factors_for_all_lengths(tiny, tmp_path, name):
+    model = load_model(tiny, name, 4 * WINDOW, device="cpu")
+    save_model(model, tmp_path, dtype=torch.float32)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for length in (WINDOW, WINDOW + 1):
+        tokens = random_tokens(length)
+        assert_same_logits(hf_logits(hf, tokens), model(tokens))
+        assert torch.equal(load_model(tmp_path, device="cpu")(tokens), model(tokens))
+
+
+def test_transformers_loads_a_model_saved_with_its_plain_rope(tiny_model, tmp_path):
+    save_model(tiny_model, tmp_path, dtype=torch.float32)
+    assert not (tmp_path / "rope.json").exists()
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = random_tokens(WINDOW)
+    assert_same_logits(hf_logits(hf, tokens), tiny_model(tokens))
+
+
+def test_load_model_takes_the_rope_from_where_it_is_told_to(tiny, tmp_path):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rope = Rope.longrope(random_factors(1, 4), 10000.0, WINDOW, 4.0, n_hat=5)
+    rope.save(tmp_path / "rope.json")
+    plain = Rope.none(HEAD_DIM, 10000.0, WINDOW)
+    assert load_model(tmp_path, device="cpu").rope == rope
+    assert load_model(tmp_path, "config", device="cpu").rope == plain
+    assert load_model(tiny, device="cpu").rope == plain
+    for given in (rope, tmp_path / "rope.json", str(tmp_path / "rope.json")):
+        assert load_model(tiny, given, device="cpu").rope == rope
+    for name in ("none", "pi", "ntk", "yarn"):
+        expected = getattr(Rope, name)(HEAD_DIM, 10000.0, WINDOW, 3.0)
+        assert load_model(tiny, name, 3 * WINDOW, device="cpu").rope == expected
+
+
+def test_a_rope_can_be_swapped_without_touching_the_model(tiny_model):
+    tokens = random_tokens(2 * WINDOW)
+    before = tiny_model(tokens)
+    plain, tiny_model.rope = tiny_model.rope, Rope.pi(HEAD_DIM, 10000.0, WINDOW, 2.0)
+    assert (tiny_model(tokens) - before).abs().max() > 0.1
+    tiny_model.rope = plain
+    assert torch.equal(tiny_model(tokens), before)
+
+
+def broken(tiny, path, **config):
+    """A copy of the tiny directory with changes to config.json; `...` takes a key away."""
+    path.mkdir(exist_ok=True)
+    for file in tiny.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    changed = json.loads((tiny / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
+    return path
+
+
+@pytest.mark.parametrize("config, said", [
+    ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM is not supported"),
+    ({"attention_bias": True}, "biases"),
+    ({"hidden_act": "gelu"}, "SwiGLU"),
+    ({"vocab_size": ...}, "vocab_size"),
+    ({"num_attention_heads": ...}, "num_attention_heads"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0}}, "llama3"),
+    ({"rope_parameters": longrope_parameters(long_factor=[1.0] * 5, short_factor=[1.0] * 5)}, "5 factors"),
+    ({"num_hidden_layers": 3}, "Missing key"),
+    ({"num_hidden_layers": 1}, "Unexpected key"),
+    ({"intermediate_size": 64}, "size mismatch"),
+])
+def test_a_config_that_does_not_fit_is_the_users_mistake(tiny, tmp_path, config, said):
+    with pytest.raises(UserError, match=said) as e:
+        load_model(broken(tiny, tmp_path, **config), device="cpu")
+    assert "\n" not in str(e.value)
+
+
+def test_weights_that_do_not_fit_are_the_users_mistake(tiny, tmp_path):
+    path = broken(tiny, tmp_path / "model")
+    state = load_file(path / "model.safetensors")
+    missing = state.pop("model.norm.weight")
+    save_file(state, path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        load_model(path, device="cpu")
+    save_file(state | {"model.norm.weight": missing, "lm_head.weight": missing.clone()}, path / "model.safetensors")
+    load_model(path, device="cpu")  # a tied head that is stored as well is let pass
+    (path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_model(path, device="cpu")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no \.safetensors file"):
+        load_model(path, device="cpu")
+
+
+def test_a_path_that_is_not_there_is_the_users_mistake(tmp_path):
+    for path in (tmp_path / "nowhere", "./nowhere", "nowhere", tmp_path):
+        with pytest.raises(UserError, match=r"nowhere: no such directory|config\.json: .*No such file"):
+            load_model(path, device="cpu")
+    with pytest.raises(UserError, match="nowhere: no such"):
+        next(read_documents([tmp_path / "nowhere"]))
+    with pytest.raises(UserError, match=r"no \.txt or \.jsonl"):
+        next(read_documents([tmp_path]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def test_windows_are_the_first_tokens_of_each_document_that_is_long_enough(tiny, books, capsys):
+    tokenizer = load_tokenizer(tiny)
+    documents = dict(read_documents([books]))
+    assert list(documents) == [f"book{i}.txt" for i in range(6)] + ["note.txt"]
+    for length in (2, 64, 999):
+        found = windows(documents.items(), tokenizer, length, 4)
+        assert [w.document for w in found] == ["book0.txt", "book1.txt", "book2.txt", "book3.txt"]
+        for w in found:
+            assert w.tokens.shape == (length,) and w.tokens.dtype == torch.int64
+            assert w.tokens.tolist() == tokenizer.encode(documents[w.document]).ids[:length] and w.tokens[0] == BOS
+    assert capsys.readouterr().err == ""
+    assert len(windows(documents.items(), tokenizer, 64, 100)) == 6
+    assert "left out 1 document" in capsys.readouterr().err
+
+
+def test_a_document_of_exactly_the_length_is_taken_and_one_token_less_is_refused(tiny):
+    tokenizer = load_tokenizer(tiny)
+    text = prose(3, 200)
+    length = len(tokenizer.encode(text).ids)
+    assert windows([("a", text)], tokenizer, length, 1)[0].tokens.tolist() == tokenizer.encode(text).ids
+    with pytest.raises(UserError, match=f"no document of {length + 1} tokens.* {length}"):
+        windows([("a", text)], tokenizer, length + 1, 1)
+
+
+def test_windows_of_text_with_more_than_8_characters_a_token_are_whole(tiny):
+    tokenizer = load_tokenizer(tiny)
+    text = "remembered" * 2000  # about a token each ten characters
+    ids = tokenizer.encode(text).ids
+    assert len(text) > 8 * len(ids)
+    found = windows([("a", text)], tokenizer, len(ids) - 5, 1)
+    assert found[0].tokens.tolist() == ids[:-5]
+
+
+def test_the_hash_of_the_data_is_of_the_tokens(tiny, books):
+    found = windows(read_documents([books]), load_tokenizer(tiny), 64, 2)
+    renamed = [type(w)("other name", w.tokens.clone()) for w in found]
+    assert data_hash(found) == data_hash(renamed) and len(data_hash(found)) == 64
+    renamed[1].tokens[63] += 1
+    assert data_hash(found) != data_hash(renamed) != data_hash(found[::-1])
+
+
+def test_jsonl_documents_are_read_line_by_line(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two", "more": 1}\n')
+    (tmp_path / "b.txt").write_text("three")
+    assert [text for _, text in read_documents([tmp_path])] == ["one", "two", "three"]
+    assert [text for _, text in read_documents([tmp_path / "b.txt", file])] == ["three", "one", "two"]
+    for line in ("{", '{"txt": "x"}', "3"):
+        file.write_text('{"text": "one"}\n' + line + "\n")
+        with pytest.raises(UserError, match=r"a\.jsonl, line 2"):
+            list(read_documents([file]))
+
+
+def test_default_documents_are_the_standard_library_in_order_each_long_enough():
+    documents = list(read_documents([], 300_000))
+    assert len(documents) >= 10 and documents == list(read_documents([], 300_000))
+    assert all(len(text) >= 300_000 for _, text in documents)
+    firsts = [name.removeprefix("stdlib:").split("..")[0] for name, _ in documents]
+    assert firsts == sorted(firsts) and len(set(firsts)) == len(firsts)
+    assert "def loads(" in "".join(text for _, text in documents)  # json
+    assert "class TestCase" not in documents[0][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measure
+
+
+def test_token_nll_in_chunks_equals_the_unchunked_and_so_do_its_gradients():
+    torch.manual_seed(0)
+    hidden, unembedding, targets = torch.randn(50, 16), torch.randn(VOCAB, 16), torch.randint(VOCAB, (50,))
+    weights = torch.rand(50)  # not all tokens alike, or a mix-up of their order would not show
+
+    def measured(nll):
+        h, u = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
+        value = nll(h, u)
+        (value * weights).sum().backward()
+        return value.detach(), h.grad, u.grad
+
+    expected = measured(lambda h, u: F.cross_entropy(h @ u.T, targets, reduction="none"))
+    for chunk in (1, 7, 25, 50, 4096):
+        for ours, reference in zip(measured(lambda h, u: token_nll(h, u, targets, chunk)), expected):  # noqa: B023
+            assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            assert_close(token_nll(hidden, unembedding, targets, chunk), expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_token_nll_keeps_no_logits_for_the_backward_pass():
+    hidden, unembedding = torch.randn(64, 16, requires_grad=True), torch.randn(VOCAB, 16)
+    targets, saved = torch.randint(VOCAB, (64,)), []
+
+    def nothing_wide(tensor):
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(nothing_wide, lambda t: t):
+        F.cross_entropy(F.linear(hidden, unembedding), targets)
+        assert any(shape[-1:] == (VOCAB,) for shape in saved)  # what is to be avoided would be seen here
+        saved.clear()
+        token_nll(hidden, unembedding, targets, 16).sum().backward()
+    assert not any(shape[-1:] == (VOCAB,) for shape in saved), saved
+
+
+def test_window_nll_is_the_loss_of_every_token_but_the_first(tiny, tiny_model, tiny_rope):
+    tiny_model.rope = tiny_rope
+    tokens = random_tokens(3 * WINDOW)[0]
+    nll = window_nll(tiny_model, tokens)
+    assert nll.shape == (3 * WINDOW - 1,) and nll.dtype == torch.float64 and nll.device.type == "cpu"
+    log_p = tiny_model(tokens[None])[0].log_softmax(-1)
+    by_hand = torch.stack([-log_p[t, tokens[t + 1]] for t in range(len(tokens) - 1)])
+    assert_close(nll, by_hand.double(), atol=1e-4, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that any operation under it puts out."""
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_window_nll_never_has_the_logits_of_the_whole_sequence(tmp_path):
+    save_tiny(tmp_path, num_hidden_layers=1, vocab_size=1024, num_attention_heads=1, num_key_value_heads=1)
+    model, length = load_model(tmp_path, device="cpu"), 2 * 4096 + 10
+    tokens = random_tokens(length)
+    with Largest() as whole:
+        model(tokens)
+    with Largest() as chunked:
+        window_nll(model, tokens[0])
+    assert whole.elements == length * 1024  # the logits are what is largest, so they would be seen
+    assert chunked.elements <= 4096 * 1024

@@ -1,0 +1,225 @@
+"""finetune.py: segments, the order of the data, the schedule, a run, and a run that was killed and resumed."""
+import json
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import (
+    BOS,
+    EOS,
+    HEAD_DIM,
+    ROOT,
+    VOCAB,
+    WINDOW,
+    complaint,
+    hf_logits,
+    prose,
+    random_factors,
+    random_tokens,
+    read_lines,
+    run_script,
+)
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+import finetune
+from finetune import batch_of, learning_rate, segments
+from longrope import Rope, UserError, load_model, load_tokenizer, read_documents
+
+LENGTH, STEPS = 2 * WINDOW, 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and schedule
+
+
+def test_segments_are_bookended_pieces_of_one_document_each_of_exactly_the_length(tiny, books):
+    tokenizer, documents = load_tokenizer(tiny), list(read_documents([books]))
+    for length in (16, 100, 333):
+        found = segments(iter(documents), tokenizer, length, BOS, EOS)
+        bodies = []
+        for _, text in documents:  # cut by hand; what is left at the end of a document fills no segment
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            bodies += [ids[i:i + length - 2] for i in range(0, len(ids) - length + 3, length - 2)]
+        assert found.tolist() == [[BOS, *body, EOS] for body in bodies]
+        assert found.shape == (len(bodies), length) and len(bodies) >= 6
+
+
+def test_a_long_document_loses_nothing_where_it_is_encoded_in_pieces(tiny):
+    tokenizer = load_tokenizer(tiny)
+    text = prose(5, 45_000)
+    assert len(text) > 200_000
+    found = segments([("long", text)], tokenizer, 64, BOS, EOS)
+    kept = tokenizer.decode(found[:, 1:-1].flatten().tolist())
+    assert text.startswith(kept) and len(text) - len(kept) < 64 * 10
+
+
+def test_a_document_shorter_than_a_segment_is_the_users_mistake(tiny):
+    tokenizer = load_tokenizer(tiny)
+    text = prose(5, 30)
+    tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
+    assert segments([("a", text)], tokenizer, tokens + 2, BOS, EOS).shape == (1, tokens + 2)
+    for documents in ([("a", text)], [("a", "")], []):
+        with pytest.raises(UserError, match="lower --len"):
+            segments(documents, tokenizer, tokens + 3, BOS, EOS)
+
+
+def test_every_epoch_takes_every_segment_once_in_an_order_of_its_own():
+    data = torch.arange(10)[:, None]
+    order = torch.cat([batch_of(data, step, 4, seed=1) for step in range(10)]).flatten()
+    epochs = order.view(4, 10)
+    assert (epochs.sort().values == torch.arange(10)).all()
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+    assert torch.equal(batch_of(data, 7, 4, seed=1).flatten(), order[28:32])  # a resumed run sees the same data
+    assert not torch.equal(batch_of(data, 7, 4, seed=2).flatten(), order[28:32])
+    assert batch_of(data, 0, 25, seed=1).flatten()[:10].tolist() == epochs[0].tolist()  # more than an epoch in a step
+
+
+def test_the_learning_rate_warms_up_to_its_peak_and_decays_to_nothing():
+    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+        rate = partial(learning_rate, steps=110, peak=3.0, warmup=10, schedule=schedule)
+        assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.3, 1.5, 3.0])
+        assert rate(10) == pytest.approx(3.0) and rate(60) == pytest.approx(3.0 * middle)
+        late = {"linear": 0.01, "cosine": 0.000247, "constant": 1.0}[schedule]
+        assert rate(109) == pytest.approx(3.0 * late, rel=0.01)
+    assert learning_rate(0, 10, 1.0, 0, "linear") == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finetune.py as a user starts it
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A repetitive text, easily learned, and a searched-looking rope with n_hat."""
+    path = tmp_path_factory.mktemp("inputs")
+    (path / "text.txt").write_text(prose(3, 60) * 60)
+    Rope.longrope(random_factors(1, 2), 10000.0, WINDOW, 2.0, n_hat=2).save(path / "rope.json")
+    return path
+
+
+def command(tiny, inputs, out):
+    return [str(x) for x in (
+        "--model", tiny, "--rope", inputs / "rope.json", "--data", inputs / "text.txt", "--len", LENGTH,
+        "--steps", STEPS, "--lr", 1e-2, "--warmup", 3, "--batch-size", 4, "--micro-batch-size", 2, "--save-every", 4,
+        "--out", out)]
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, inputs, tmp_path_factory):
+    """The finished process and its --out."""
+    out = tmp_path_factory.mktemp("finetuned") / "out"
+    return run_script("finetune.py", *command(tiny, inputs, out)), out
+
+
+def losses(out):
+    return [line["loss"] for line in read_lines(out / "log.jsonl")]
+
+
+def test_the_loss_goes_down_on_a_repetitive_text(finetuned):
+    done, out = finetuned
+    assert done.returncode == 0, done.stderr
+    log = read_lines(out / "log.jsonl")
+    assert [line["step"] for line in log] == list(range(STEPS))
+    assert log[0]["loss"] > 5 and sum(losses(out)[-3:]) / 3 < 0.7 * log[0]["loss"]
+    assert all(line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in log)
+    assert [line["lr"] for line in log] == [learning_rate(step, STEPS, 1e-2, 3, "linear") for step in range(STEPS)]
+    assert f"segments of {LENGTH} tokens" in done.stdout.splitlines()[0]
+    assert not (out / "checkpoint.pt").exists() and not list(out.glob("*.part"))
+
+
+def test_the_first_loss_is_that_of_the_model_as_it_was(finetuned, tiny, inputs):
+    data = segments(read_documents([inputs / "text.txt"]), load_tokenizer(tiny), LENGTH, BOS, EOS)
+    batch = batch_of(data, 0, 4, seed=0)
+    logits = load_model(tiny, inputs / "rope.json", device="cpu")(batch)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch[:, 1:].flatten())
+    assert losses(finetuned[1])[0] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_result_loads_in_transformers_and_has_learned(finetuned, tiny, inputs):
+    out = finetuned[1]
+    hf, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    rope = Rope.load(out / "rope.json")
+    assert rope == Rope.load(inputs / "rope.json")
+    assert hf.config.max_position_embeddings == LENGTH
+    assert hf.config.rope_parameters["long_factor"] == list(rope.rescale_factors)
+
+    ours = load_model(out, device="cpu")
+    assert ours.rope == rope
+    # all but n_hat, which transformers cannot express
+    ours.rope = Rope.longrope(rope.rescale_factors, rope.rope_theta, WINDOW, rope.scale)
+    tokens = random_tokens(LENGTH)
+    assert_close(ours(tokens), hf_logits(hf.eval(), tokens), atol=1e-4, rtol=0)
+
+    ids = torch.tensor([[BOS, *load_tokenizer(tiny).encode((inputs / "text.txt").read_text()).ids[1:LENGTH]]])
+    with torch.no_grad():
+        learned = hf(ids, labels=ids).loss.item()
+        before = AutoModelForCausalLM.from_pretrained(tiny).eval()(ids, labels=ids).loss.item()
+    assert learned < 0.7 * before
+
+
+def test_a_killed_and_resumed_run_has_the_losses_of_the_undisturbed_run(finetuned, tiny, inputs, tmp_path, capsys):
+    """Killed without warning in step 10: the log then is ahead of the last checkpoint, which is of step 8."""
+    killer = ("import os, signal, sys, finetune; plain = finetune.batch_of\n"
+              "def batch_of(data, step, *rest):\n"
+              "    return os.kill(os.getpid(), signal.SIGKILL) if step == 10 else plain(data, step, *rest)\n"
+              "finetune.batch_of = batch_of; finetune.main(sys.argv[1:])")
+    arguments = [*command(tiny, inputs, tmp_path), "--device", "cpu"]
+    killed = subprocess.run([sys.executable, "-c", killer, *arguments], cwd=ROOT, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(losses(tmp_path)) == 10 and not (tmp_path / "model.safetensors").exists()
+    finetune.main([*arguments, "--resume"])
+    assert "resumed at step 8" in capsys.readouterr().out
+    assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == list(range(STEPS))
+    assert losses(tmp_path) == losses(finetuned[1])
+    one, two = (load_model(out, device="cpu").state_dict() for out in (finetuned[1], tmp_path))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(tiny, inputs, tmp_path, finetuned, capsys):
+    finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu", "--resume", "--steps", "2", "--warmup", "0",
+                   "--lr", "1e-3"])
+    capsys.readouterr()
+    assert len(losses(tmp_path)) == 2 and losses(tmp_path)[0] == losses(finetuned[1])[0]
+
+
+def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path, capsys):
+    for size in (1, 3, 4):  # 3 leaves a smaller rest
+        finetune.main([*command(tiny, inputs, tmp_path / str(size)), "--device", "cpu", "--steps", "4",
+                       "--micro-batch-size", str(size)])
+    capsys.readouterr()
+    one, three, four = (torch.tensor(losses(tmp_path / name)) for name in ("1", "3", "4"))
+    assert one[0] - one[-1] > 0.05  # the weights have moved
+    assert_close(one, four, atol=1e-4, rtol=0)
+    assert_close(three, four, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (["--model", "nowhere"], "nowhere"),
+    (["--data", "nowhere.txt"], "nowhere.txt"),
+    (["--rope", "nowhere.json"], "nowhere.json"),
+    (["--len", "100000"], "no document fills one segment of 100000 tokens"),
+])
+def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, inputs, tmp_path, capsys, changes, said):
+    assert said in complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), *changes)
+
+
+def test_a_rope_json_for_another_head_dim_is_one_line_and_exit_code_2(tiny, inputs, tmp_path):
+    Rope.longrope([2.0] * 64, 10000.0, WINDOW, 2.0).save(tmp_path / "rope.json")
+    done = run_script("finetune.py", *command(tiny, inputs, tmp_path / "out"), "--rope", tmp_path / "rope.json")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "64 factors are for head_dim 128" in done.stderr and f"head_dim {HEAD_DIM}" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_bos_and_eos_is_the_users_mistake(tiny, inputs, tmp_path, capsys):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    said = complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), "--model", tmp_path)
+    assert "eos_token_id" in said

@@ -1,0 +1,525 @@
+"""Search the rescale factors of LongRoPE: Algorithm 1 of the paper (arXiv 2402.13753), an evolution over perplexity.
+
+    $ python search.py                                        # the bundled model, 8 times its window
+    $ python search.py --model DIR --data books/ --len 131072
+    $ torchrun --nproc-per-node 8 search.py --model DIR --data books/ --len 262144      # the same result, sooner
+    $ python search.py --model FINETUNED --init FINETUNED/rope.json --len 2097152       # second stage, no more training
+    $ python search.py --model FINETUNED --init FINETUNED/rope.json --short --len 8192  # short-window recovery
+
+An individual is one lambda for each rotary pair and one n_hat. In --out: rope.json, the best one so far at any time;
+history.jsonl, a line for each individual evaluated, from which --resume goes on; search.png.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from eval_passkey import make_prompt
+from longrope import (
+    Rope,
+    UserError,
+    Window,
+    add_arguments,
+    data_hash,
+    describe,
+    forward_flops,
+    join_processes,
+    load_model,
+    load_tokenizer,
+    rank,
+    read_documents,
+    resolve_rope,
+    run,
+    say,
+    spread,
+    su_factor,
+    versions,
+    window_nll,
+    windows,
+    world_size,
+)
+
+N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # table 4 of the paper
+BASELINES = ("pi", "ntk", "yarn")
+PAPER = {"samples": 5, "population_size": 64, "num_mutations": 16, "num_crossovers": 16, "num_parents": 32,
+         "iterations": 40}
+PAPER_ABOVE_512K = PAPER | {"samples": 3, "population_size": 32, "num_mutations": 8, "num_crossovers": 8}
+ON_CPU = {"samples": 2, "population_size": 16, "num_mutations": 5, "num_crossovers": 3, "num_parents": 6,
+          "iterations": 6}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search space and its operators.
+
+
+@dataclass(frozen=True)
+class Individual:
+    """One point of the search space. Equal genes make equal individuals, wherever they come from."""
+    factors: tuple           # lambda_i, (D/2,), multiples of 0.01 from 1 to Space.largest, non-decreasing
+    n_hat: int               # one of Space.n_hats
+    attention_factor: float  # a gene too with --attention-factor search
+    origin: str = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Space:
+    largest: float    # of lambda: 1.25 s
+    n_hats: tuple     # N_HAT, or the one that is fixed
+    attention: tuple  # lowest and highest attention factor; equal if it is fixed
+
+
+def is_monotone(factors):
+    """The paper's constraint: lambda_i <= lambda_(i+1)."""
+    return all(a <= b for a, b in zip(factors, factors[1:]))
+
+
+def draw(rng, low, high):
+    """Uniform on the multiples of 0.01 from low to high, both included."""
+    return int(rng.integers(round(100 * low), round(100 * high) + 1)) / 100
+
+
+def mutate(rng, parent, prob, space):
+    """Each gene, with probability `prob`, anew: lambda_i between its neighbours as they then are, n_hat from its set.
+
+    So the constraint holds without sorting, and a gene that is not mutated keeps its value.
+    """
+    factors = [1.0, *parent.factors, space.largest]
+    for i in range(1, len(factors) - 1):
+        if rng.random() < prob:
+            factors[i] = draw(rng, factors[i - 1], factors[i + 1])
+    n_hat = int(rng.choice(space.n_hats)) if rng.random() < prob else parent.n_hat
+    attention_factor, (low, high) = parent.attention_factor, space.attention
+    if low < high and rng.random() < prob:
+        attention_factor = draw(rng, low, high)
+    return Individual(tuple(factors[1:-1]), n_hat, attention_factor, "mutation")
+
+
+def crossover(rng, a, b):
+    """Every gene from one of two parents, by a coin for each gene.
+
+    Where the coin's parent would break the constraint the gene comes from the parent of the gene before, whose own
+    order guarantees that it fits. The walk goes up or down by another coin: always upward would favour large factors.
+    """
+    up = bool(rng.integers(2))
+    factors, parent = [], a
+    for i in range(len(a.factors)) if up else reversed(range(len(a.factors))):
+        other = (a, b)[rng.integers(2)]
+        if not factors or (other.factors[i] >= factors[-1] if up else other.factors[i] <= factors[-1]):
+            parent = other
+        factors.append(parent.factors[i])
+    n_hat, attention_factor = (a, b)[rng.integers(2)].n_hat, (a, b)[rng.integers(2)].attention_factor
+    return Individual(tuple(factors if up else factors[::-1]), n_hat, attention_factor, "crossover")
+
+
+def unseen(make, count, seen):
+    """Up to `count` individuals from make(), none of them twice and none in `seen`."""
+    made = {}
+    for _ in range(100 * count):  # a space almost used up ends here
+        if len(made) == count:
+            break
+        individual = make()
+        if individual not in seen:
+            made[individual] = None
+    return list(made)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1.
+
+
+def search(args, rng, starts, space, evaluate):
+    """The best individual after `args.iterations` generations, or `args.max_evals` evaluations.
+
+    starts: PI, NTK and YaRN as individuals. evaluate(population, iteration, parents' NLLs) -> {individual: NLL of each
+    document, or None if racing dropped it}.
+    """
+    mutants = unseen(lambda: mutate(rng, starts[rng.integers(len(starts))], args.mutation_prob, space),
+                     args.population_size - len(starts), set(starts))
+    population = (starts + mutants)[:args.population_size]
+    nlls, parents = {}, []  # of every individual ever evaluated; the top k
+    for iteration in range(args.iterations + 1):
+        population = population[:args.max_evals - len(nlls)]
+        nlls |= evaluate(population, iteration, [nlls[p] for p in parents])
+        candidates = [i for i in (*parents, *population) if nlls[i]]
+        parents = sorted(candidates, key=lambda i: math.fsum(nlls[i]))[:args.num_parents]
+        if iteration == args.iterations or len(nlls) == args.max_evals:
+            return parents[0]
+        mutants = unseen(lambda: mutate(rng, parents[rng.integers(len(parents))], args.mutation_prob, space),
+                         args.num_mutations, nlls)
+        children = unseen(lambda: crossover(rng, *(parents[i] for i in rng.choice(len(parents), 2, replace=False))),
+                          args.num_crossovers, {*nlls, *mutants})
+        population = mutants + children  # the parents stay, with the perplexity they have
+
+
+def hopeless(nll, parents, num_parents):
+    """Racing: is a candidate with `nll` on the first documents behind the worst parent on every one of them?
+
+    The documents are the same ones, so their own difficulty cancels. Until there are k parents nobody is dropped.
+    """
+    worst = max(parents, key=math.fsum, default=None)
+    return len(parents) == num_parents and all(mine > theirs for mine, theirs in zip(nll, worst))
+
+
+class Evaluator:
+    """Measures populations for `search`, and keeps what it leaves behind: the bar, history.jsonl, the best rope.json.
+
+    The unit of work is one individual on one document. A round takes one from each of as many individuals as there are
+    processes; racing decides after the round, by the individual's own NLLs and the last generation's parents alone. So
+    results do not depend on the number of processes.
+    """
+
+    def __init__(self, args, model, found, make_rope, total, setup):
+        self.args, self.model, self.found, self.make_rope = args, model, found, make_rope
+        self.best, self.count, self.documents = math.inf, 0, 0
+        self.record = {
+            "model": str(args.model), "data": [w.document for w in found], "data_sha256": data_hash(found),
+            "target_length": args.len, "fitness": args.fitness, "seed": args.seed,
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+                          if k not in ("out", "resume")}, "versions": versions()}
+        self.known, self.history = open_history(args.out / "history.jsonl", setup, args.resume)
+        self.bar = tqdm(total=total, desc="search", unit="candidate", smoothing=0.05, disable=rank() > 0)
+
+    def __call__(self, population, iteration, parents):
+        nlls, waiting, active = {}, list(population), []
+        while waiting or active:
+            while waiting and len(active) < world_size():
+                individual = waiting.pop(0)
+                if (key := genes(individual)) in self.known:  # measured before --resume
+                    nlls[individual] = self.finish(individual, *self.known[key])
+                else:
+                    active.append((individual, [], time.perf_counter()))
+            values = spread(self.measure, [(individual, len(nll)) for individual, nll, _ in active])
+            for one, value in zip(list(active), values):
+                individual, nll, begun = one
+                nll.append(value)
+                whole = len(nll) == len(self.found)
+                if whole or self.args.racing and hopeless(nll, parents, self.args.num_parents):
+                    nlls[individual] = self.finish(individual, nll, whole)
+                    self.note(individual, iteration, nll, time.perf_counter() - begun)
+                    active.remove(one)
+        return nlls
+
+    def measure(self, task):
+        """Summed -log p of one document under one individual."""
+        individual, document = task
+        self.model.rope = self.make_rope(individual)
+        window = self.found[document]
+        return window_nll(self.model, window.tokens, window.first).sum().item()
+
+    def note(self, individual, iteration, nll, seconds):
+        """A line of history.jsonl."""
+        if self.history:
+            ppl = perplexity_of(nll, self.found) if len(nll) == len(self.found) else None
+            self.history.write(json.dumps({
+                "iteration": iteration, "origin": individual.origin, "genes": json.loads(genes(individual)),
+                "nll": nll, "ppl": ppl, "seconds": round(seconds, 3)}) + "\n")
+            self.history.flush()
+
+    def finish(self, individual, nll, whole):
+        """Count an individual that is measured, or dropped. Returns its NLLs, or None."""
+        self.count, self.documents = self.count + 1, self.documents + len(nll)
+        if whole and (ppl := perplexity_of(nll, self.found)) < self.best:
+            self.best = ppl
+            self.save(individual)
+        self.bar.set_postfix_str(f"best perplexity {self.best:.3f}")
+        self.bar.update()
+        return nll if whole else None
+
+    def save(self, individual, **extra):
+        if rank() == 0:
+            self.make_rope(individual).save(self.args.out / "rope.json", search=self.record | {
+                "perplexity": self.best, "evaluations": self.count, "document_evaluations": self.documents} | extra)
+
+
+def genes(individual):
+    """The key of an individual in history.jsonl."""
+    return json.dumps({"factors": individual.factors, "n_hat": individual.n_hat,
+                       "attention_factor": individual.attention_factor})
+
+
+def open_history(path, setup, resume):
+    """({genes: (NLLs, on all documents?)} measured before, the open file). A line cut in the middle is dropped.
+
+    Raises UserError if the file is another search's. Only the first process writes.
+    """
+    lines = []
+    if resume and path.exists():
+        for text in path.read_text().split("\n")[:-1]:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        if not lines or "setup" not in lines[0]:
+            raise UserError(f"{path}: not a history that can be resumed; start without --resume")
+        if differs := [key for key in setup if lines[0]["setup"].get(key) != setup[key]]:
+            raise UserError(f"{path} is of a search with another {', '.join(differs)}; resume with the same, or start "
+                            "without --resume")
+    known = {json.dumps(line["genes"]): (line["nll"], line["ppl"] is not None) for line in lines[1:]}
+    spread(lambda _: None, range(world_size()))  # all have read it before the first writes it
+    if rank() > 0:
+        return known, None
+    part = path.with_name(path.name + ".part")  # the old one stays until what goes on from it is whole
+    file = open(part, "w")
+    file.writelines(json.dumps(line) + "\n" for line in lines or [{"setup": setup}])
+    file.flush()
+    part.replace(path)
+    return known, file
+
+
+def perplexity_of(nlls, found):
+    """exp(total NLL / total tokens) over the windows."""
+    return math.exp(math.fsum(nlls) / sum(len(w.tokens) - w.first for w in found))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is searched: the factors of a plain model, a second stage on top of those of --init, or their short set.
+
+
+def start_of(args, model, init):
+    """(starts, space, make_rope, ropes to compare with) of the search that the arguments ask for.
+
+    init: the rope of --init, or None. Second-stage factors multiply: lambda = lambda_finetuned * lambda_second.
+    """
+    base = init or Rope.none(model.config.head_dim, model.config.rope.rope_theta, model.window)
+    window = round(base.scale * model.window)  # the window to start from
+    scale = args.len / window
+    if args.short:
+        scale = min(base.scale, 5.0)
+    elif scale <= 1:
+        raise UserError(f"--len {args.len}: nothing to extend, the window is {window} already")
+    total_scale = base.scale if args.short else scale * base.scale
+    attention, attention_range = attention_factors(args, total_scale, model.window)
+
+    def extended(rope):  # by a rope of its own
+        factors = tuple(np.multiply(base.rescale_factors, rope.rescale_factors).tolist())
+        return replace(base, rescale_factors=factors, scale=total_scale)
+    named = {name: getattr(Rope, name)(model.config.head_dim, base.rope_theta, window, scale) for name in BASELINES}
+
+    def start(name, rope):
+        factors = tuple(round(min(max(x, 1.0), 1.25 * scale), 2) for x in rope.rescale_factors)
+        return Individual(factors, base.n_hat if init else 0, attention, name)
+    starts = [start(name, rope) for name, rope in named.items()]
+    yarn_factor = 0.1 * math.log(total_scale) + 1
+    others = {"none": base} | {name: replace(extended(rope), attention_factor=yarn_factor if name == "yarn" else
+                                             base.attention_factor) for name, rope in named.items()}
+
+    def make_rope(individual):
+        if args.short:
+            short = Rope(individual.factors, base.rope_theta, model.window, 1.0, individual.n_hat,
+                         individual.attention_factor)
+            return replace(base, short=short, short_max_length=max(args.len, model.window))
+        rope = Rope.longrope(individual.factors, base.rope_theta, model.window, total_scale, individual.n_hat,
+                             individual.attention_factor)
+        return replace(rope, rescale_factors=extended(rope).rescale_factors, short=base.short or rope.short,
+                       short_max_length=base.short_max_length or rope.short_max_length)
+    if args.short:
+        plain = Rope.none(model.config.head_dim, base.rope_theta, model.window)
+        starts = [start("none", plain), start("long", base), *starts]
+        others = {"none": plain, "long": replace(base, short=None)}
+    n_hats = N_HAT if args.n_hat is None else (args.n_hat,)
+    return starts, Space(round(1.25 * scale, 2), n_hats, attention_range), make_rope, others
+
+
+def attention_factors(args, scale, window):
+    """The attention factor to start with, and its (lowest, highest). Searched, it goes from 1 to 1.25 su by 0.01."""
+    su = su_factor(scale, window)
+    match args.attention_factor:
+        case "su":
+            fixed = su
+        case "yarn":
+            fixed = 0.1 * math.log(scale) + 1
+        case "none":
+            fixed = 1.0
+        case "search":
+            return round(su, 2), (1.0, round(1.25 * su, 2))
+        case number:
+            try:
+                fixed = float(number)
+            except ValueError:
+                fixed = math.nan
+            if not 0 < fixed < math.inf:
+                raise UserError(f"--attention-factor {number}: give su, yarn, none, search or a number above 0")
+    return fixed, (fixed, fixed)
+
+
+def needle_windows(found, tokenizer, seed):
+    """Needle fitness (LongRoPE2, arXiv 2502.20082): each document becomes filler around a pass key near its start, the
+    question stands at its end, and only the answer's tokens are scored."""
+    rng, made = np.random.default_rng(seed), []
+    for w in found:
+        tokens, count = make_prompt(tokenizer, len(w.tokens), float(rng.uniform(0, 0.1)),
+                                    str(rng.integers(10_000, 100_000)), filler=w.tokens.tolist())
+        made.append(Window(w.document, w.tokens.new_tensor(tokens), len(tokens) - count))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the user sees.
+
+
+def compare(model, ropes, searched, held_out):
+    """A row for each rope: its perplexity on the search's windows and on windows the search did not see."""
+    bar = tqdm(total=len(ropes) * (len(searched) + len(held_out)), desc="compare", unit="window", leave=False,
+               disable=rank() > 0)
+    rows = []
+    for name, rope in ropes.items():
+        def measure(w, rope=rope):
+            model.rope = rope
+            bar.update(world_size())
+            return window_nll(model, w.tokens, w.first).sum().item()
+        row = {"rope": name, "attention_factor": rope.at(len(searched[0].tokens)).attention_factor}
+        for where, found in (("search", searched), ("unseen", held_out)):
+            row[where] = perplexity_of(spread(measure, found), found) if found else None
+        rows.append(row)
+    bar.close()
+    return rows
+
+
+def say_table(rows, length, searched, held_out, fitness):
+    say(f"\nperplexity{' of the answer' if fitness == 'needle' else ''} at {length} tokens, one window a document")
+    say(f"{'rope':10}{'attention factor':>18}{f'{len(searched)} searched on':>18}{f'{len(held_out)} unseen':>14}")
+    for row in rows:
+        unseen_ppl = f"{row['unseen']:14.3f}" if held_out else f"{'-':>14}"
+        say(f"{row['rope']:10}{row['attention_factor']:18.3f}{row['search']:18.3f}{unseen_ppl}")
+    for where in ("search", "unseen") if held_out else ("search",):
+        other = min(rows[:-1], key=lambda row: row[where])
+        gain = 1 - rows[-1][where] / other[where]
+        say(f"{where} documents: searched is {abs(gain):.1%} {'below' if gain > 0 else 'above'} {other['rope']}, the "
+            "best of the others")
+    if not held_out:
+        say("give more documents, or fewer --samples, to compare on some that the search did not see")
+
+
+def plot(ropes, length, history, path):
+    """Left: lambda of each pair for each method. Right: the best perplexity as the search went on."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, rope in ropes.items():
+        rope = rope.at(length)
+        label = f"{name}, $\\hat n$ = {rope.n_hat}" if name == "searched" else name
+        left.plot(rope.rescale_factors, label=label, **({"lw": 2, "color": "black"} if name == "searched" else {}))
+    left.set(xlabel="rotary pair i", ylabel=r"rescale factor $\lambda_i$", yscale="log",
+             title=f"factors for {length} tokens")
+    left.legend()
+    lines = [json.loads(line) for line in history.read_text().splitlines()[1:]]
+    best_so_far = np.minimum.accumulate([line["ppl"] or math.inf for line in lines])
+    right.step(range(1, len(lines) + 1), best_so_far, where="post", color="black")
+    for line in lines:
+        if line["origin"] not in ("mutation", "crossover") and line["ppl"] < 3 * best_so_far[-1]:
+            right.axhline(line["ppl"], lw=0.8, ls="--", color="gray")
+            right.annotate(line["origin"], (len(lines), line["ppl"]), va="bottom", ha="right", color="gray")
+    right.set(xlabel="individuals evaluated", ylabel="best perplexity", title="search")
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def say_cost(args, model, searched, total):
+    """The first line: what a candidate and the whole search will take, from one probe of the machine."""
+    on_cpu = model.unembedding.device.type == "cpu"
+    probe = searched[0].tokens[:2048] if on_cpu else searched[0].tokens
+    window_nll(model, probe)  # the first call warms up
+    begun = time.perf_counter()
+    window_nll(model, probe)
+    a_window = (time.perf_counter() - begun) * forward_flops(model, args.len) / forward_flops(model, len(probe))
+    a_candidate, processes = a_window * len(searched), world_size()
+    say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {a_candidate:.3g} s, the whole "
+        f"search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) at most about "
+        f"{total * a_candidate / processes / 60:.1f} minutes")
+    if on_cpu and total * a_candidate > 1800:
+        say(f"that is long for a CPU: try --len {8 * model.window} or a smaller --max-evals")
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(p)
+    p.add_argument("--len", type=int, help="target length in tokens (default: 8 times the model's window; with "
+                                           "--short the window)")
+    for key, what in {"samples": "documents a candidate is evaluated on", "population_size": "first individuals, P",
+                      "num_mutations": "mutants in an iteration, N1", "num_crossovers": "children in an iteration, N2",
+                      "num_parents": "the top k", "iterations": "T"}.items():
+        halved = f", {PAPER_ABOVE_512K[key]} above 512k tokens" if PAPER_ABOVE_512K[key] != PAPER[key] else ""
+        p.add_argument(f"--{key.replace('_', '-')}", type=int,
+                       help=f"{what} (default: the paper's {PAPER[key]}{halved}; {ON_CPU[key]} on a CPU)")
+    p.add_argument("--mutation-prob", type=float, default=0.3, help="of each gene, p (default: 0.3)")
+    p.add_argument("--n-hat", type=int, help="fix n_hat, 0 to leave it out (default: a gene, from the paper's set)")
+    p.add_argument("--attention-factor", default="su", metavar="su|yarn|none|NUMBER|search",
+                   help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su)")
+    p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
+                   help="perplexity of whole documents, or of a pass key's tokens alone (default: ppl)")
+    p.add_argument("--init", type=Path, help="rope.json of a fine-tuned model: search a second stage on top of it")
+    p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
+    p.add_argument("--no-racing", dest="racing", action="store_false",
+                   help="evaluate every candidate on all documents, to the letter of the paper")
+    p.add_argument("--max-evals", type=int, default=sys.maxsize,
+                   help="stop after so many candidates (default: no limit)")
+    p.add_argument("--out", type=Path, help="directory of the result (default: out/search-LEN)")
+    p.add_argument("--resume", action="store_true", help="go on from history.jsonl in --out")
+    return p
+
+
+def fill_in(args, model):
+    """Defaults that depend on the model and the machine, and checks."""
+    args.len = args.len or (model.window if args.short else 8 * model.window)
+    args.out = args.out or Path(f"out/search-{args.len}{'-short' if args.short else ''}")
+    paper = PAPER_ABOVE_512K if args.len > 512 * 1024 else PAPER
+    for key, value in (ON_CPU if model.unembedding.device.type == "cpu" else paper).items():
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+        least = {"population_size": 2, "num_parents": 2, "samples": 1}.get(key, 0)  # a crossover needs two parents
+        if getattr(args, key) < least:
+            raise UserError(f"--{key.replace('_', '-')} must be at least {least}")
+    if args.max_evals < 1 or not 0 <= args.mutation_prob <= 1:
+        raise UserError("--max-evals must be at least 1 and --mutation-prob between 0 and 1")
+    if args.n_hat is not None and args.n_hat < 0:
+        raise UserError("--n-hat must be 0 or more")
+    if args.short and not args.init:
+        raise UserError("--short searches the short set of an extended model: give its rope.json with --init")
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    join_processes(args.device)
+    model, tokenizer = load_model(args.model, "config", None, args.device, args.dtype), load_tokenizer(args.model)
+    fill_in(args, model)
+    init = resolve_rope(args.init, model) if args.init else None
+    starts, space, make_rope, others = start_of(args, model, init)
+    found = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples)
+    if args.fitness == "needle":
+        found = needle_windows(found, tokenizer, args.seed)
+    searched, held_out = found[:args.samples], found[args.samples:]
+    total = args.population_size + args.iterations * (args.num_mutations + args.num_crossovers)
+    total = min(total, args.max_evals)
+    say_cost(args, model, searched, total)
+
+    same = ("len", "fitness", "seed", "population_size", "num_mutations", "num_crossovers", "num_parents",
+            "mutation_prob", "n_hat", "attention_factor", "short", "racing")  # what a resumed search must agree in
+    setup = describe(model, args) | {"data_sha256": data_hash(searched), "init": init and init.to_dict()}
+    setup |= {key: getattr(args, key) for key in same}
+    args.out.mkdir(parents=True, exist_ok=True)
+    evaluate = Evaluator(args, model, searched, make_rope, total, setup)
+    try:
+        best = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
+    except KeyboardInterrupt:
+        evaluate.bar.close()
+        sys.exit(f"\nstopped after {evaluate.count} candidates; the best so far is in {args.out / 'rope.json'}, the "
+                 "same command with --resume goes on")
+    evaluate.bar.close()
+
+    ropes = others | {"searched": make_rope(best)}
+    rows = compare(model, ropes, searched, held_out)
+    evaluate.save(best, comparison={"unseen": [w.document for w in held_out], "rows": rows})
+    say_table(rows, args.len, searched, held_out, args.fitness)
+    if rank() == 0:
+        plot(ropes, args.len, args.out / "history.jsonl", args.out / "search.png")
+    say(f"\nwrote {args.out / 'rope.json'}, history.jsonl and search.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -49,6 +49,7 @@ def make_prompt(tokenizer, length, depth, key, filler=None):
 
     depth 0 puts the key line at the start of the filler, 1 at its end. The prompt is built by token count: the filler
     (token ids, by default the paper's sentences over and over) is cut in the middle of a sentence where it must be.
+    Behind the key line the paper's sentences begin anew, a filler of one's own goes on.
     """
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -61,10 +62,10 @@ def make_prompt(tokenizer, length, depth, key, filler=None):
     room = length - len(task) - len(needle) - len(answer) - 2 * len(newline)
     if room < 0:
         raise UserError(f"a pass-key prompt takes at least {length - room} tokens, not {length}: raise --len")
-    filler = filler or encode(FILLER)
-    filler = filler * (room // len(filler) + 1)
     before = round(depth * room)
-    tokens = task + filler[:before] + newline + needle + filler[:room - before] + newline + answer
+    sentences = encode(FILLER) * room
+    front, back = (filler[:before], filler[before:room]) if filler else (sentences[:before], sentences[:room - before])
+    tokens = task + front + newline + needle + back + newline + answer
     return tokens, len(answer) - len(question)
 
 
@@ -162,7 +163,8 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
-    model, tokenizer = load_model(args.model, "config", None, args.device, args.dtype), load_tokenizer(args.model)
+    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window)
+    tokenizer = load_tokenizer(args.model)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/passkey-{lengths[-1]}")
     ropes = resolve_ropes(args.rope, lengths, model)

@@ -12,6 +12,8 @@ history.jsonl, a line for each individual evaluated, from which --resume goes on
 import argparse
 import json
 import math
+import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -36,10 +38,12 @@ from longrope import (
     read_documents,
     resolve_rope,
     run,
+    save_config,
     say,
     spread,
     su_factor,
     versions,
+    whole_file,
     window_nll,
     windows,
     world_size,
@@ -174,7 +178,7 @@ class Evaluator:
     results do not depend on the number of processes.
     """
 
-    def __init__(self, args, model, found, make_rope, total, setup):
+    def __init__(self, args, model, found, make_rope, setup):
         self.args, self.model, self.found, self.make_rope = args, model, found, make_rope
         self.best, self.count, self.documents = math.inf, 0, 0
         self.record = {
@@ -183,7 +187,7 @@ class Evaluator:
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
                           if k not in ("out", "resume")}, "versions": versions()}
         self.known, self.history = open_history(args.out / "history.jsonl", setup, args.resume)
-        self.bar = tqdm(total=total, desc="search", unit="candidate", smoothing=0.05, disable=rank() > 0)
+        self.bar = tqdm(total=args.max_evals, desc="search", unit="candidate", smoothing=0.05, disable=rank() > 0)
 
     def __call__(self, population, iteration, parents):
         nlls, waiting, active = {}, list(population), []
@@ -210,7 +214,8 @@ class Evaluator:
         individual, document = task
         self.model.rope = self.make_rope(individual)
         window = self.found[document]
-        return window_nll(self.model, window.tokens, window.first).sum().item()
+        nll = window_nll(self.model, window.tokens, window.first).sum().item()
+        return nll if math.isfinite(nll) else math.inf
 
     def note(self, individual, iteration, nll, seconds):
         """A line of history.jsonl."""
@@ -255,7 +260,8 @@ def open_history(path, setup, resume):
                 lines.append(json.loads(text))
             except ValueError:
                 break
-        if not lines or "setup" not in lines[0]:
+        if not lines or not all(isinstance(line, dict) and key in line for line, key in
+                                zip(lines, ["setup"] + ["genes"] * len(lines))):
             raise UserError(f"{path}: not a history that can be resumed; start without --resume")
         if differs := [key for key in setup if lines[0]["setup"].get(key) != setup[key]]:
             raise UserError(f"{path} is of a search with another {', '.join(differs)}; resume with the same, or start "
@@ -274,7 +280,8 @@ def open_history(path, setup, resume):
 
 def perplexity_of(nlls, found):
     """exp(total NLL / total tokens) over the windows."""
-    return math.exp(math.fsum(nlls) / sum(len(w.tokens) - w.first for w in found))
+    mean = math.fsum(nlls) / sum(len(w.tokens) - w.first for w in found)
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +293,8 @@ def start_of(args, model, init):
 
     init: the rope of --init, or None. Second-stage factors multiply: lambda = lambda_finetuned * lambda_second.
     """
-    base = init or Rope.none(model.config.head_dim, model.config.rope.rope_theta, model.window)
+    trained = model.config.rope.trained
+    base = init or trained
     window = round(base.scale * model.window)  # the window to start from
     scale = args.len / window
     if args.short:
@@ -297,13 +305,14 @@ def start_of(args, model, init):
     attention, attention_range = attention_factors(args, total_scale, model.window)
 
     def extended(rope):  # by a rope of its own
-        factors = tuple(np.multiply(base.rescale_factors, rope.rescale_factors).tolist())
-        return replace(base, rescale_factors=factors, scale=total_scale)
+        return replace(base, rescale_factors=base.times(rope).rescale_factors, scale=total_scale)
     named = {name: getattr(Rope, name)(model.config.head_dim, base.rope_theta, window, scale) for name in BASELINES}
 
-    def start(name, rope):
-        factors = tuple(round(min(max(x, 1.0), 1.25 * scale), 2) for x in rope.rescale_factors)
-        return Individual(factors, base.n_hat if init else 0, attention, name)
+    n_hat = args.n_hat if args.n_hat is not None else base.n_hat
+
+    def start(name, rope):  # put into the space, whatever it was
+        factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, round(1.25 * scale, 2)))
+        return Individual(tuple(np.round(factors, 2).tolist()), n_hat, attention, name)
     starts = [start(name, rope) for name, rope in named.items()]
     yarn_factor = 0.1 * math.log(total_scale) + 1
     others = {"none": base} | {name: replace(extended(rope), attention_factor=yarn_factor if name == "yarn" else
@@ -316,13 +325,13 @@ def start_of(args, model, init):
             return replace(base, short=short, short_max_length=max(args.len, model.window))
         rope = Rope.longrope(individual.factors, base.rope_theta, model.window, total_scale, individual.n_hat,
                              individual.attention_factor)
-        return replace(rope, rescale_factors=extended(rope).rescale_factors, short=base.short or rope.short,
+        return replace(rope, rescale_factors=extended(rope).rescale_factors, short=base.short or trained,
                        short_max_length=base.short_max_length or rope.short_max_length)
     if args.short:
-        plain = Rope.none(model.config.head_dim, base.rope_theta, model.window)
-        starts = [start("none", plain), start("long", base), *starts]
-        others = {"none": plain, "long": replace(base, short=None)}
+        starts = [start("none", trained), start("long", base), *starts]
+        others = {"none": trained, "long": replace(base, short=None)}
     n_hats = N_HAT if args.n_hat is None else (args.n_hat,)
+    starts = list(dict.fromkeys(starts))  # two can be the same, as long factors that are PI's
     return starts, Space(round(1.25 * scale, 2), n_hats, attention_range), make_rope, others
 
 
@@ -353,8 +362,9 @@ def needle_windows(found, tokenizer, seed):
     question stands at its end, and only the answer's tokens are scored."""
     rng, made = np.random.default_rng(seed), []
     for w in found:
+        filler = w.tokens.tolist()[len(tokenizer.encode("").ids):]  # without BOS, the prompt brings its own
         tokens, count = make_prompt(tokenizer, len(w.tokens), float(rng.uniform(0, 0.1)),
-                                    str(rng.integers(10_000, 100_000)), filler=w.tokens.tolist())
+                                    str(rng.integers(10_000, 100_000)), filler)
         made.append(Window(w.document, w.tokens.new_tensor(tokens), len(tokens) - count))
     return made
 
@@ -397,31 +407,38 @@ def say_table(rows, length, searched, held_out, fitness):
 
 
 def plot(ropes, length, history, path):
-    """Left: lambda of each pair for each method. Right: the best perplexity as the search went on."""
+    """Left: lambda of each pair for each method. Right: every individual, and the best one as the search went on."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    colors = dict(zip(ropes, ("#999999", "#E69F00", "#56B4E9", "#009E73"))) | {"searched": "black"}
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, rope in ropes.items():
         rope = rope.at(length)
         label = f"{name}, $\\hat n$ = {rope.n_hat}" if name == "searched" else name
-        left.plot(rope.rescale_factors, label=label, **({"lw": 2, "color": "black"} if name == "searched" else {}))
+        left.plot(rope.rescale_factors, label=label, color=colors[name], lw=2 if name == "searched" else 1.5)
     left.set(xlabel="rotary pair i", ylabel=r"rescale factor $\lambda_i$", yscale="log",
              title=f"factors for {length} tokens")
     left.legend()
+
     lines = [json.loads(line) for line in history.read_text().splitlines()[1:]]
-    best_so_far = np.minimum.accumulate([line["ppl"] or math.inf for line in lines])
-    right.step(range(1, len(lines) + 1), best_so_far, where="post", color="black")
+    ppl = np.array([line["ppl"] or np.nan for line in lines])  # none where racing dropped it
+    best = np.fmin.accumulate(ppl)
+    right.plot(range(1, len(ppl) + 1), ppl, ".", color="#999999", ms=4, label="an individual")
+    right.step(range(1, len(ppl) + 1), best, where="post", color="black", lw=2, label="the best so far")
     for line in lines:
-        if line["origin"] not in ("mutation", "crossover") and line["ppl"] < 3 * best_so_far[-1]:
-            right.axhline(line["ppl"], lw=0.8, ls="--", color="gray")
-            right.annotate(line["origin"], (len(lines), line["ppl"]), va="bottom", ha="right", color="gray")
-    right.set(xlabel="individuals evaluated", ylabel="best perplexity", title="search")
+        if line["origin"] in colors:
+            right.axhline(line["ppl"], lw=1, ls="--", color=colors[line["origin"]],
+                          label=f"{line['origin']}, the same attention factor")
+    spread_of_good = max(np.nanmedian(ppl) - best[-1], 0.01 * best[-1])
+    right.set(xlabel="individuals evaluated", ylabel="perplexity on the search's documents", title="search",
+              ylim=(best[-1] - 0.5 * spread_of_good, best[-1] + 5 * spread_of_good))
+    right.legend(loc="upper right")
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def say_cost(args, model, searched, total):
+def say_cost(args, model, searched):
     """The first line: what a candidate and the whole search will take, from one probe of the machine."""
     on_cpu = model.unembedding.device.type == "cpu"
     probe = searched[0].tokens[:2048] if on_cpu else searched[0].tokens
@@ -429,10 +446,12 @@ def say_cost(args, model, searched, total):
     begun = time.perf_counter()
     window_nll(model, probe)
     a_window = (time.perf_counter() - begun) * forward_flops(model, args.len) / forward_flops(model, len(probe))
-    a_candidate, processes = a_window * len(searched), world_size()
-    say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {a_candidate:.3g} s, the whole "
+    a_candidate, processes, total = a_window * len(searched), world_size(), args.max_evals
+    whole = total * a_candidate / processes
+    unit, seconds = ("minutes", 60) if whole < 2 * 3600 else ("hours", 3600) if whole < 48 * 3600 else ("days", 86400)
+    say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {a_candidate:.2g} s, the whole "
         f"search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) at most about "
-        f"{total * a_candidate / processes / 60:.1f} minutes")
+        f"{whole / seconds:.1f} {unit}")
     if on_cpu and total * a_candidate > 1800:
         say(f"that is long for a CPU: try --len {8 * model.window} or a smaller --max-evals")
 
@@ -458,11 +477,37 @@ def parser():
     p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     p.add_argument("--no-racing", dest="racing", action="store_false",
                    help="evaluate every candidate on all documents, to the letter of the paper")
-    p.add_argument("--max-evals", type=int, default=sys.maxsize,
-                   help="stop after so many candidates (default: no limit)")
+    p.add_argument("--max-evals", type=int, help="stop after so many candidates (default: no limit)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/search-LEN)")
     p.add_argument("--resume", action="store_true", help="go on from history.jsonl in --out")
+    p.add_argument("--export", type=Path, metavar="DIR",
+                   help="write the model with the result as a Hugging Face directory, its weights as hard links")
+    p.add_argument("--allow-n-hat", action="store_true",
+                   help="export n_hat above 0 all the same: only this program, by rope.json, will use it")
     return p
+
+
+def check_export(args, model, space, init):
+    """Before the search: nothing is overwritten, and its result is not one that config.json cannot say."""
+    if args.export.resolve() == model.path.resolve():
+        raise UserError(f"--export {args.export} is the model's own directory")
+    n_hats = {*space.n_hats, *(rope.n_hat for rope in (init, init and init.short) if rope)}
+    if any(n_hats) and not args.allow_n_hat:
+        raise UserError("--export: config.json cannot say n_hat above 0: search without it (--n-hat 0), or give "
+                        "--allow-n-hat" + (" (that of --init is above 0)" if not any(space.n_hats) else ""))
+
+
+def export(model, path):
+    """A Hugging Face directory of the model with its rope. The search changes no weights, so they are hard links."""
+    save_config(model, path)
+    for old in path.glob("*.safetensors*"):
+        old.unlink()
+    for file in model.path.glob("*.safetensors*"):
+        try:
+            os.link(file.resolve(), path / file.name)  # the Hub's cache holds symbolic links
+        except OSError:  # another file system
+            with whole_file(path / file.name) as part:
+                shutil.copyfile(file, part)
 
 
 def fill_in(args, model):
@@ -475,6 +520,8 @@ def fill_in(args, model):
         least = {"population_size": 2, "num_parents": 2, "samples": 1}.get(key, 0)  # a crossover needs two parents
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} must be at least {least}")
+    total = args.population_size + args.iterations * (args.num_mutations + args.num_crossovers)
+    args.max_evals = total if args.max_evals is None else min(args.max_evals, total)
     if args.max_evals < 1 or not 0 <= args.mutation_prob <= 1:
         raise UserError("--max-evals must be at least 1 and --mutation-prob between 0 and 1")
     if args.n_hat is not None and args.n_hat < 0:
@@ -486,30 +533,32 @@ def fill_in(args, model):
 def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
-    model, tokenizer = load_model(args.model, "config", None, args.device, args.dtype), load_tokenizer(args.model)
+    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window)
+    tokenizer = load_tokenizer(args.model)
     fill_in(args, model)
+    model.check_length(args.len)
     init = resolve_rope(args.init, model) if args.init else None
     starts, space, make_rope, others = start_of(args, model, init)
+    if args.export:
+        check_export(args, model, space, init)
     found = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples)
     if args.fitness == "needle":
         found = needle_windows(found, tokenizer, args.seed)
     searched, held_out = found[:args.samples], found[args.samples:]
-    total = args.population_size + args.iterations * (args.num_mutations + args.num_crossovers)
-    total = min(total, args.max_evals)
-    say_cost(args, model, searched, total)
+    say_cost(args, model, searched)
 
     same = ("len", "fitness", "seed", "population_size", "num_mutations", "num_crossovers", "num_parents",
             "mutation_prob", "n_hat", "attention_factor", "short", "racing")  # what a resumed search must agree in
     setup = describe(model, args) | {"data_sha256": data_hash(searched), "init": init and init.to_dict()}
     setup |= {key: getattr(args, key) for key in same}
     args.out.mkdir(parents=True, exist_ok=True)
-    evaluate = Evaluator(args, model, searched, make_rope, total, setup)
+    evaluate = Evaluator(args, model, searched, make_rope, setup)
     try:
         best = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     except KeyboardInterrupt:
         evaluate.bar.close()
-        sys.exit(f"\nstopped after {evaluate.count} candidates; the best so far is in {args.out / 'rope.json'}, the "
-                 "same command with --resume goes on")
+        best = f"the best so far is in {args.out / 'rope.json'}, " if math.isfinite(evaluate.best) else ""
+        sys.exit(f"\nstopped after {evaluate.count} candidates; {best}the same command with --resume goes on")
     evaluate.bar.close()
 
     ropes = others | {"searched": make_rope(best)}
@@ -519,6 +568,10 @@ def main(argv=None):
     if rank() == 0:
         plot(ropes, args.len, args.out / "history.jsonl", args.out / "search.png")
     say(f"\nwrote {args.out / 'rope.json'}, history.jsonl and search.png")
+    if args.export and rank() == 0:
+        model.rope = make_rope(best)
+        export(model, args.export)
+        say(f"wrote {args.export}, a Hugging Face directory")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""assets/make_model.py at toy size: what goes into the bundled model, and that the steps fit together."""
+import importlib.util
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval_passkey import QUESTION
+from longrope import load_model, load_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def make_model():
+    spec = importlib.util.spec_from_file_location("make_model", REPOSITORY / "assets" / "make_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """Two packages, one of its own code, one that vendors a file of the standard library."""
+    folder = tmp_path_factory.mktemp("packages")
+    library = Path(sysconfig.get_path("stdlib")) / "json" / "decoder.py"
+    own = "\n".join(f"def convolve_{i}(signal, kernel_{i}):\n    return fold(signal, kernel_{i}, mode={i})"
+                    for i in range(900))
+    for name, text in (("own", own), ("vendor", library.read_text() * 5)):
+        (folder / name).mkdir()
+        (folder / name / "code.py").write_text(text)
+    return folder
+
+
+def test_files_that_share_lines_with_the_standard_library_are_left_out(make_model, packages):
+    found = dict(make_model.python_source([packages], budget=10**9))
+    assert list(found) == ["own"] and "convolve_899" in found["own"]
+
+
+def test_a_passkey_document_fills_one_segment_and_holds_question_and_key(make_model):
+    tokenizer = load_tokenizer()
+    for text in make_model.passkey_documents(tokenizer, ["a long book " * 5000], 20):
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
+        assert make_model.WINDOW - 1 <= len(tokens) < 2 * (make_model.WINDOW - 1)
+        segment = tokenizer.decode(tokens[:make_model.WINDOW - 1])
+        key = segment.split("The pass key is ")[1][:5]
+        assert key.isdigit() and f"{QUESTION} {key}" in segment
+
+
+def test_the_whole_of_it_at_toy_size_ends_in_a_directory_that_loads(make_model, packages, tmp_path, monkeypatch):
+    (tmp_path / "books").mkdir()
+    book = " ".join(f"In the year {i} the ship left harbour {i * i} with {i % 13} men." for i in range(4000))
+    (tmp_path / "books" / "book.txt").write_text(book)
+    monkeypatch.setattr("sys.argv", ["make_model.py", "--books", str(tmp_path / "books"), "--python", str(packages),
+                                     "--passkeys", "3", "--steps", "1", "--batch-size", "1", "--out", str(tmp_path)])
+    make_model.main()
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert made["books"] == 1 and made["passkey_documents"] == 3 and list(made["packages"]) == ["own"]
+    assert 5 < made["final_loss"] < 10  # one step from random weights: about ln of the vocabulary
+    model, tokenizer = load_model(tmp_path / "model"), load_tokenizer(tmp_path / "model")
+    assert model.window == make_model.WINDOW and tokenizer.encode("12").ids[0] == 0
+    assert len(tokenizer.encode("12", add_special_tokens=False).ids) == 2
+    assert torch.isfinite(model(torch.tensor([tokenizer.encode(book[:200]).ids]))).all()

@@ -1,42 +1,84 @@
 """Fine-tune a model under LongRoPE factors: a plain training loop, documents cut into segments of --len tokens.
 
-    $ python finetune.py --rope out/search-8192/rope.json --steps 20
-    $ python finetune.py --model DIR --rope rope.json --len 131072 --data books/ --steps 400 --resume
+    $ python finetune.py                                  # 20 steps of the bundled model at 8 times its window
+    $ torchrun --nproc-per-node 8 finetune.py --model DIR --rope rope.json --len 131072 --data books/ --recipe llama2
 
-The result, in --out, is a Hugging Face directory with rope.json beside; log.jsonl has a line a step.
+Under torchrun the model is sharded over all processes (FSDP2), on CPUs too; --context-parallel 4 spreads every sequence
+over 4 of them. --resume goes on from the last checkpoint, on any number of processes. The result, in --out, is a
+Hugging Face directory with rope.json beside; log.jsonl has a line a step.
 """
 import argparse
+import hashlib
 import json
 import math
+import os
+import resource
+import shutil
 import time
+import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as states
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from longrope import (
+    BUNDLED_MODEL,
     UserError,
     add_arguments,
+    attention,
+    describe,
+    forward_flops,
+    join_processes,
     load_model,
     load_tokenizer,
+    rank,
     read_documents,
+    read_json,
     resolve_rope,
     run,
     save_model,
+    say,
     token_nll,
     versions,
     whole_file,
+    world_size,
     write_json,
 )
+
+RECIPES = {  # of the paper, section 4.1; None: a short run, of a size for the machine
+    None: {"lr": 2e-5, "schedule": "linear", "steps": 20},
+    "llama2": {"lr": 2e-5, "schedule": "linear", "steps": 400, "batch_size": 32},
+    "mistral": {"lr": 1e-6, "schedule": "constant", "steps": 400, "batch_size": 64, "len": 16384},
+}
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, data sheets
+REMEDY = "lower --len or --micro-batch-size, set --checkpointing, or use more processes"  # out of memory
+# What scaled_dot_product_attention comes down to: each returns output and log-sum-exp, all its backward pass needs.
+ATTENTION_OPS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in
+                 ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
 
 
 def segments(documents, tokenizer, length, bos, eos):
     """Cut documents into segments of exactly `length` tokens, each bookended by BOS and EOS (paper, section 4.1).
 
-    The rest of a document that fills no segment is left out. -> (N, length) int32. Raises UserError if there is none.
+    The rest of a document that fills no segment is left out. Yields (n, length) int32, n segments of one document.
+    Raises UserError if there is none.
     """
-    found, tokens_read, body = [], 0, length - 2
+    found, tokens_read, body = 0, 0, length - 2
     for _, text in documents:
         # a long text is encoded in pieces, all cores at once; the seam between two pieces costs a token or two
         pieces = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
@@ -44,11 +86,29 @@ def segments(documents, tokenizer, length, bos, eos):
         tokens = np.concatenate([np.array(e.ids, dtype=np.int32) for e in encoded] or [np.empty(0, np.int32)])
         tokens_read += len(tokens)
         if whole := len(tokens) // body:
+            found += whole
             inner = tokens[:whole * body].reshape(whole, body)
-            found.append(np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (bos, eos))))
+            yield np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (bos, eos)))
     if not found:
         raise UserError(f"no document fills one segment of {length} tokens ({tokens_read} tokens in all): lower --len")
-    return torch.from_numpy(np.concatenate(found))
+
+
+def tokenised(read, tokenizer, length, bos, eos, out):
+    """The segments of the documents that read() yields, (N, length), and the hash of their source. They are tokenised
+    once, by the first process, to a memory-mapped file in `out` that has the hash in its name."""
+    source = hashlib.sha256(f"{length} {bos} {eos} {tokenizer.to_str()}".encode())
+    for _, text in read():
+        source.update(hashlib.sha256(text.encode(errors="replace")).digest())
+    path = out / f"segments-{source.hexdigest()[:16]}.bin"
+    if rank() == 0 and not path.exists():
+        for old in out.glob("segments-*.bin*"):
+            old.unlink()
+        with whole_file(path) as part, open(part, "wb") as file:
+            for found in segments(read(), tokenizer, length, bos, eos):
+                found.tofile(file)
+    barrier()
+    # mode c, copy on write: torch wants memory that could be written to
+    return torch.from_numpy(np.memmap(path, np.int32, mode="c").reshape(-1, length)), source.hexdigest()
 
 
 def batch_of(data, step, batch_size, seed):
@@ -62,6 +122,66 @@ def batch_of(data, step, batch_size, seed):
     return data[torch.stack(picked)].long()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The model over several processes
+
+
+class Context:
+    """One sequence over the N processes of a group. Of its 2N chunks process r has r and 2N-1-r, an equal share of
+    causal attention's work, and gathers the keys and values of all. `attend` stands where a cache's does."""
+
+    def __init__(self, group):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def mine(self, x, dim):
+        chunks = x.chunk(2 * self.size, dim)
+        return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
+
+    def attend(self, q, k, v):
+        gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # torch 2.11
+        kv = gather(torch.stack((k, v)), 0, self.group)  # (2N, B, 2n, K, D), n tokens in a chunk
+        if kv.requires_grad:  # the gradient arrives permuted; the collective would send its memory as it lies
+            kv.register_hook(torch.Tensor.contiguous)
+        front, back = kv.unflatten(0, (self.size, 2)).chunk(2, dim=3)  # chunks 0 .. N-1 and 2N-1 .. N
+        k, v = torch.cat((front, back.flip(0))).movedim(0, 2).flatten(2, 3)  # (2, B, T, K, D)
+        n = q.shape[1] // 2
+        ends = (self.rank + 1) * n, (2 * self.size - self.rank) * n
+        return torch.cat([attention(part, k[:, :end], v[:, :end]) for part, end in zip(q.split(n, dim=1), ends)], 1)
+
+
+def recompute(model):
+    """Activation checkpointing: all but attention's output is computed again in the backward pass."""
+    keep = partial(create_selective_checkpoint_contexts, ATTENTION_OPS)
+    for block in model.model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
+
+
+def shard(model, device, compute_dtype):
+    """FSDP2: fp32 masters and gradient reduction, each block's weights gathered in compute_dtype when they are used."""
+    options = {"mesh": init_device_mesh(device.type, (world_size(),)), "mp_policy": MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}  # cos and sin stay float32
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def loss_of(model, tokens, compute_dtype, context=None):
+    """Summed -log p of tokens 1 .. T-1 of each row, or of the part of them that is this process's. tokens (B, T)."""
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)  # nothing follows the last token, which cross_entropy skips
+    cos, sin = model.rope.table(tokens.shape[1], tokens.device)  # short or long by the length of the whole
+    if context:
+        tokens, targets, cos, sin = (context.mine(x, dim) for x, dim in ((tokens, 1), (targets, 1), (cos, 0), (sin, 0)))
+    autocast = compute_dtype != torch.float32 and not dist.is_initialized()  # FSDP hands out weights in compute_dtype
+    with torch.autocast(tokens.device.type, compute_dtype, enabled=autocast):
+        hidden = model.hidden(tokens, (cos, sin), [context] * len(model.model.layers))
+        return token_nll(hidden.flatten(0, 1), model.unembedding, targets.flatten()).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
 def learning_rate(step, steps, peak, warmup, schedule):
     """Linear warm-up from 0 to `peak`, then linear or cosine decay to 0, or constant."""
     if step < warmup:
@@ -70,77 +190,129 @@ def learning_rate(step, steps, peak, warmup, schedule):
     return peak * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[schedule]
 
 
-def loss_of(model, tokens, compute_dtype):
-    """Summed -log p of tokens 1 .. T-1 of each row. tokens (B, T)."""
-    with torch.autocast(tokens.device.type, compute_dtype, enabled=compute_dtype != torch.float32):
-        hidden = model.hidden(tokens)[:, :-1]
-        return token_nll(hidden.flatten(0, 1), model.unembedding, tokens[:, 1:].flatten()).sum()
-
-
-def train(model, data, args, out):
+def train(model, data, device, args, out, identity):
     """The training loop: fp32 master weights, bf16 compute on a GPU. `data` (N, T) segments."""
-    device = model.unembedding.device
     compute_dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    flops = 3 * forward_flops(model, data.shape[1]) * args.batch_size  # of a step: backward takes twice forward
+    model.requires_grad_(True).train()
+    if args.checkpointing:
+        recompute(model)
+    if device.type == "cuda" and args.context_parallel == 1:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward)
+    if dist.is_initialized():
+        shard(model, device, compute_dtype)
+    context = Context(dist.new_subgroups(args.context_parallel)[0]) if args.context_parallel > 1 else None
+    group, groups = rank() // args.context_parallel, world_size() // args.context_parallel
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    start = load_checkpoint(out, model, optimizer) if args.resume else 0
-    model.requires_grad_(True).train()
-    if device.type == "cuda":
-        for block in model.model.layers:
-            block.compile()
-    targets = args.batch_size * (data.shape[1] - 1)  # predicted tokens in a step
+    start = load_checkpoint(out, model, optimizer, identity) if args.resume else 0
+    predicted = args.batch_size * (data.shape[1] - 1)  # tokens in a step, over all processes
     log = open_log(out / "log.jsonl", start)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train", unit="step", smoothing=0.05)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train", unit="step", smoothing=0.05,
+               disable=rank() > 0)
     for step in bar:
         begun = time.perf_counter()
         lr = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
         total = torch.zeros((), device=device)
-        for tokens in batch_of(data, step, args.batch_size, args.seed).split(args.micro_batch_size):
-            loss = loss_of(model, tokens.to(device), compute_dtype) / targets
-            loss.backward()  # gradients add up over the micro-batches
+        mine = batch_of(data, step, args.batch_size, args.seed)[group::groups]
+        for tokens in mine.split(args.micro_batch_size):
+            loss = loss_of(model, tokens.to(device), compute_dtype, context) / predicted
+            (loss * world_size()).backward()  # FSDP takes the mean over processes; gradients add up over micro-batches
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+            norm = norm.full_tensor()
         line = {"step": step, "loss": total.item(), "lr": lr, "grad_norm": norm.item()}
-        line["tokens_per_s"] = round(args.batch_size * data.shape[1] / (time.perf_counter() - begun))
+        line |= speed(args.batch_size * data.shape[1], flops, time.perf_counter() - begun, device)
         log.write(json.dumps(line) + "\n")
         log.flush()
-        bar.set_postfix(loss=f"{line['loss']:.4f}", tokens_per_s=line["tokens_per_s"])
+        bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "lr")})
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_checkpoint(out, model, optimizer, step + 1)
+            save_checkpoint(out, model, optimizer, step + 1, identity)
     log.close()
-    model.requires_grad_(False).eval()
+
+
+def speed(tokens, flops, seconds, device):
+    """Tokens per second, model FLOP utilisation if the GPU's peak is known, and the most memory used so far."""
+    line = {"tokens_per_s": round(tokens / seconds)}
+    if device.type != "cuda":
+        return line | {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # of KiB
+    for name, peak in PEAK_FLOPS.items():
+        if name in torch.cuda.get_device_name():
+            line["mfu"] = round(flops / seconds / (peak * world_size()), 4)
+    return line | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
 
 
 def open_log(path, start):
-    """log.jsonl, cut back to the steps before `start`."""
+    """log.jsonl, cut back to the steps before `start`; nothing for all processes but the first."""
+    if rank() > 0:
+        return open(os.devnull, "w")
     lines = path.read_text().splitlines()[:start] if start else []
     with whole_file(path) as part:
         part.write_text("".join(line + "\n" for line in lines))
     return open(path, "a")
 
 
-def save_checkpoint(out, model, optimizer, step):
-    with whole_file(out / "checkpoint.pt") as part:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: all processes write their parts into one directory, which gets its name when it is whole
 
 
-def load_checkpoint(out, model, optimizer):
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def checkpoints(out):
+    """The whole checkpoints in `out`, the latest last."""
+    found = [path for path in out.glob("checkpoint-*") if path.suffix != ".part"]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def save_checkpoint(out, model, optimizer, step, identity):
+    older, path = checkpoints(out), out / f"checkpoint-{step}"
+    part = path.with_suffix(".part")
+    if rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    barrier()
+    dcp.save(dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer))), checkpoint_id=part)
+    if rank() == 0:
+        write_json(part / "run.json", {"step": step, "segments_read": step * identity["batch_size"], **identity})
+        part.rename(path)
+        for old in older:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load_checkpoint(out, model, optimizer, identity):
     """Put model and optimizer back as they were; returns the next step. Without a checkpoint it starts at 0."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
+    if not (found := checkpoints(out)):
         return 0
-    state = torch.load(path, map_location=model.unembedding.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"resumed at step {state['step']}")
-    return state["step"]
+    saved = read_json(found[-1] / "run.json")
+    state = dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer)))
+    dcp.load(state, checkpoint_id=found[-1])
+    states.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    say(f"resumed at step {saved['step']}")
+    return saved["step"]
+
+
+def check_checkpoint(out, resume, identity):
+    """Refuse to go on from a checkpoint of something else, and to start over where one is."""
+    if not (found := checkpoints(out)):
+        return
+    if not resume:
+        raise UserError(f"{found[-1]} is of a run that did not end: --resume goes on with it; or delete it")
+    saved = read_json(found[-1] / "run.json")
+    if other := [k for k in identity if saved.get(k) != identity[k]]:
+        raise UserError(f"{found[-1]} is of a run with another {', '.join(other)}: it cannot go on with this one")
 
 
 def plot_loss(log, path):
@@ -156,19 +328,33 @@ def plot_loss(log, path):
     plt.close(fig)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(p)
-    p.add_argument("--rope", help="rope.json, or none, pi, ntk, yarn (default: what the model's directory says)")
+    p.add_argument("--rope", help="rope.json, or none, pi, ntk, yarn (default: what the model's directory says; for "
+                   "the bundled model out/search-LEN/rope.json or else assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
-    p.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
-    p.add_argument("--lr", type=float, default=2e-5, help="peak learning rate (default: 2e-5)")
-    p.add_argument("--schedule", choices=["linear", "cosine", "constant"], default="linear",
+    p.add_argument("--recipe", choices=["llama2", "mistral"],
+                   help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
+                   "batch 64, 400 steps, segments of 16384 tokens under the long factors; other flags override them")
+    p.add_argument("--steps", type=int, help="optimizer steps (default: 20)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: 2e-5)")
+    p.add_argument("--schedule", choices=["linear", "cosine", "constant"],
                    help="decay of the learning rate after the warm-up (default: linear)")
-    p.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up (default: 20)")
-    p.add_argument("--batch-size", type=int, default=32, help="segments in a step (default: 32)")
-    p.add_argument("--micro-batch-size", type=int, default=1, help="segments on the device at a time (default: 1)")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: 20, at most a quarter of --steps; "
+                   "ours, the paper gives none)")
+    p.add_argument("--batch-size", type=int, help="segments in a step, over all processes (default: 32, on CPUs 1)")
+    p.add_argument("--micro-batch-size", type=int, default=1, help="segments on a device at a time (default: 1)")
+    p.add_argument("--context-parallel", type=int, metavar="N", help="processes that share one sequence (default: as "
+                   "few as let --batch-size be dealt evenly, so 1 unless there are more processes than segments)")
+    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                   help="compute activations, but attention's output, again in the backward pass (default: when "
+                   "tokens on a device x layers x width exceed 5e8, where keeping them takes some 25 GiB)")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0; ours)")
     p.add_argument("--weight-decay", type=float, default=0.0, help="on matrices, not on norms (default: 0)")
     p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/finetune-LEN)")
@@ -176,33 +362,85 @@ def parser():
     return p
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
-    for name in ("steps", "batch_size", "micro_batch_size", "save_every"):
+def complete(args, model, device):
+    """Fill in what was not given and refuse what cannot work. -> (the rope, where it is from)"""
+    config, target = model.config, args.len or 8 * model.window
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.len = args.len or target
+    args.batch_size = args.batch_size if args.batch_size is not None else 1 if device.type == "cpu" else 32
+    args.warmup = min(20, args.steps // 4) if args.warmup is None else args.warmup
+    args.out = args.out or Path(f"out/finetune-{args.len}")
+    if args.context_parallel is None:
+        args.context_parallel = world_size() // math.gcd(world_size(), max(1, args.batch_size))
+    for name in ("steps", "batch_size", "micro_batch_size", "context_parallel", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    model = load_model(args.model, "config", None, args.device, torch.float32)
-    length = args.len or 8 * model.window
-    if length < 4:
-        raise UserError(f"--len {length}: a segment is BOS, text and EOS, at least 4 tokens")
-    model.rope = resolve_rope(args.rope, model, length)
-    out = args.out or Path(f"out/finetune-{length}")
+    if args.len < 4:
+        raise UserError(f"--len {args.len}: a segment is BOS, text and EOS, at least 4 tokens")
+    groups, rest = divmod(world_size(), args.context_parallel)
+    if rest or args.batch_size % groups:
+        raise UserError(f"{world_size()} processes, {args.context_parallel} to a sequence, cannot share --batch-size "
+                        f"{args.batch_size} evenly")
+    if args.context_parallel > 1 and args.len % (2 * args.context_parallel):
+        raise UserError(f"--len {args.len} must be a multiple of {2 * args.context_parallel} for --context-parallel "
+                        f"{args.context_parallel}")
+    if args.checkpointing is None:
+        tokens = min(args.micro_batch_size, args.batch_size // groups) * args.len // args.context_parallel
+        args.checkpointing = tokens * config.num_hidden_layers * config.hidden_size > 5e8
+    searched = [Path(f"out/search-{target}/rope.json"), BUNDLED_MODEL.parent / "rope.json"]
+    if not args.rope and Path(args.model).resolve() == BUNDLED_MODEL and target == 8 * model.window:
+        args.rope = next((str(path) for path in searched if path.is_file()), None)
+    return resolve_rope(args.rope, model, args.len)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    join_processes(args.device)
+    # where the model is sharded no device has to hold all of it
+    model = load_model(args.model, "config", None, "cpu" if dist.is_initialized() else args.device, torch.float32)
+    device = model.unembedding.device
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    rope, out = complete(args, model, device), args.out
     bos, eos = (model.config.hf.get(k) for k in ("bos_token_id", "eos_token_id"))
     if not (isinstance(bos, int) and isinstance(eos, int)):
         raise UserError(f"{args.model}: config.json names no bos_token_id and eos_token_id to bookend segments with")
-    data = segments(read_documents(args.data, 5 * length), load_tokenizer(args.model), length, bos, eos)
-    print(f"{len(data)} segments of {length} tokens, {args.steps} steps of {args.batch_size}; rope factors "
-          f"{min(model.rope.at(length).rescale_factors):.2f} to {max(model.rope.at(length).rescale_factors):.2f}")
-    begun = time.perf_counter()
+    # the paper trains Mistral on segments that are shorter than the window, but under the long factors
+    model.rope = replace(rope, short=None, short_max_length=0) if args.recipe == "mistral" else rope
+    factors = model.rope.at(args.len).rescale_factors
+    tokenizer = load_tokenizer(args.model)
+    say(f"fine-tuning {args.model} on segments of {args.len} tokens of {' '.join(args.data) or 'the standard library'}"
+        f"\nrope {args.rope or 'of the model'}, factors {min(factors):.2f} to {max(factors):.2f}; {args.steps} steps "
+        f"of {args.batch_size} segments, lr {args.lr:g} {args.schedule} after {args.warmup} steps of warm-up"
+        f"\n{world_size()} processes on {device.type}, {args.context_parallel} to a sequence, activation checkpointing "
+        f"{'on' if args.checkpointing else 'off'}; the result goes to {out}")
     out.mkdir(parents=True, exist_ok=True)
-    train(model, data, args, out)
-    save_model(model, out)
-    plot_loss(out / "log.jsonl", out / "loss.png")
-    write_json(out / "run.json", {"arguments": {k: str(v) for k, v in vars(args).items()}, "segments": len(data),
-                                  "seconds": round(time.perf_counter() - begun, 1), **versions()})
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"wrote {out}")
+    read = partial(read_documents, args.data, 5 * args.len)
+    data, source = tokenised(read, tokenizer, args.len, bos, eos, out)
+    say(f"{len(data)} segments")
+    identity = {"model": describe(model, args)["weights_sha256"], "data": source, "len": args.len,
+                "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest(), "seed": args.seed,
+                "batch_size": args.batch_size}
+    check_checkpoint(out, args.resume, identity)
+    barrier()
+    begun = time.perf_counter()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is well
+    train(model, data, device, args, out, identity)
+    state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        model.rope = rope
+        save_model(model, out, state=state)
+        plot_loss(out / "log.jsonl", out / "loss.png")
+        write_json(out / "run.json", {"arguments": {k: str(v) for k, v in vars(args).items()}, "segments": len(data),
+                                      "processes": world_size(), "seconds": round(time.perf_counter() - begun, 1),
+                                      **versions()})
+        for path in out.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        say(f"wrote {out}")
+    barrier()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, REMEDY)

@@ -1,5 +1,6 @@
 """What the tests share: random tiny Llamas on disk, a small byte-level BPE, documents, calls of the scripts."""
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -18,6 +19,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import longrope
+
+# Processes are forked off one that has imported this and no more: quick, and clean of what pytest's own has running.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["conftest", "finetune", "torch._dynamo", "matplotlib.pyplot"])
 
 ROOT = Path(longrope.__file__).resolve().parent
 WINDOW, HEAD_DIM, VOCAB, BOS, EOS = 64, 64, 512, 0, 1

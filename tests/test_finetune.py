@@ -1,33 +1,35 @@
 """finetune.py: segments, the order of the data, the schedule, a run, and a run that was killed and resumed."""
 import json
+import os
 import signal
-import subprocess
-import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
     BOS,
     EOS,
     HEAD_DIM,
-    ROOT,
     VOCAB,
     WINDOW,
     complaint,
     hf_logits,
+    processes,
     prose,
     random_factors,
     random_tokens,
     read_lines,
     run_script,
+    save_tiny,
 )
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import finetune
 from finetune import batch_of, learning_rate, segments
-from longrope import Rope, UserError, load_model, load_tokenizer, read_documents
+from longrope import Rope, UserError, load_model, load_tokenizer, read_documents, run
 
 LENGTH, STEPS = 2 * WINDOW, 16
 
@@ -36,10 +38,14 @@ LENGTH, STEPS = 2 * WINDOW, 16
 # Data and schedule
 
 
+def cut(documents, tokenizer, length):
+    return torch.from_numpy(np.concatenate(list(segments(iter(documents), tokenizer, length, BOS, EOS))))
+
+
 def test_segments_are_bookended_pieces_of_one_document_each_of_exactly_the_length(tiny, books):
     tokenizer, documents = load_tokenizer(tiny), list(read_documents([books]))
     for length in (16, 100, 333):
-        found = segments(iter(documents), tokenizer, length, BOS, EOS)
+        found = cut(documents, tokenizer, length)
         bodies = []
         for _, text in documents:  # cut by hand; what is left at the end of a document fills no segment
             ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -52,7 +58,7 @@ def test_a_long_document_loses_nothing_where_it_is_encoded_in_pieces(tiny):
     tokenizer = load_tokenizer(tiny)
     text = prose(5, 45_000)
     assert len(text) > 200_000
-    found = segments([("long", text)], tokenizer, 64, BOS, EOS)
+    found = cut([("long", text)], tokenizer, 64)
     kept = tokenizer.decode(found[:, 1:-1].flatten().tolist())
     assert text.startswith(kept) and len(text) - len(kept) < 64 * 10
 
@@ -61,10 +67,10 @@ def test_a_document_shorter_than_a_segment_is_the_users_mistake(tiny):
     tokenizer = load_tokenizer(tiny)
     text = prose(5, 30)
     tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
-    assert segments([("a", text)], tokenizer, tokens + 2, BOS, EOS).shape == (1, tokens + 2)
+    assert cut([("a", text)], tokenizer, tokens + 2).shape == (1, tokens + 2)
     for documents in ([("a", text)], [("a", "")], []):
         with pytest.raises(UserError, match="lower --len"):
-            segments(documents, tokenizer, tokens + 3, BOS, EOS)
+            cut(documents, tokenizer, tokens + 3)
 
 
 def test_every_epoch_takes_every_segment_once_in_an_order_of_its_own():
@@ -128,11 +134,11 @@ def test_the_loss_goes_down_on_a_repetitive_text(finetuned):
     assert all(line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in log)
     assert [line["lr"] for line in log] == [learning_rate(step, STEPS, 1e-2, 3, "linear") for step in range(STEPS)]
     assert f"segments of {LENGTH} tokens" in done.stdout.splitlines()[0]
-    assert not (out / "checkpoint.pt").exists() and not list(out.glob("*.part"))
+    assert not list(out.glob("checkpoint*")) and not list(out.glob("*.part"))
 
 
 def test_the_first_loss_is_that_of_the_model_as_it_was(finetuned, tiny, inputs):
-    data = segments(read_documents([inputs / "text.txt"]), load_tokenizer(tiny), LENGTH, BOS, EOS)
+    data = cut(read_documents([inputs / "text.txt"]), load_tokenizer(tiny), LENGTH)
     batch = batch_of(data, 0, 4, seed=0)
     logits = load_model(tiny, inputs / "rope.json", device="cpu")(batch)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch[:, 1:].flatten())
@@ -162,22 +168,192 @@ def test_the_result_loads_in_transformers_and_has_learned(finetuned, tiny, input
     assert learned < 0.7 * before
 
 
-def test_a_killed_and_resumed_run_has_the_losses_of_the_undisturbed_run(finetuned, tiny, inputs, tmp_path, capsys):
-    """Killed without warning in step 10: the log then is ahead of the last checkpoint, which is of step 8."""
-    killer = ("import os, signal, sys, finetune; plain = finetune.batch_of\n"
-              "def batch_of(data, step, *rest):\n"
-              "    return os.kill(os.getpid(), signal.SIGKILL) if step == 10 else plain(data, step, *rest)\n"
-              "finetune.batch_of = batch_of; finetune.main(sys.argv[1:])")
+def train_until(arguments, last):
+    """finetune.py, killed without warning at the beginning of step `last`."""
+    batch_of = finetune.batch_of
+
+    def deadly(data, step, *rest):
+        return os.kill(os.getpid(), signal.SIGKILL) if step == last else batch_of(data, step, *rest)
+    finetune.batch_of = deadly
+    torch.set_num_threads(1)
+    finetune.main(arguments)
+
+
+def killed(arguments, step):
+    process = processes.Process(target=train_until, args=(arguments, step))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_run_killed_three_times_has_the_losses_of_the_undisturbed_run(finetuned, tiny, inputs, tmp_path, capsys):
+    """Killed in steps 3, 10 and 13: the log then is ahead of the last checkpoint, of step 0, 8 and 12."""
     arguments = [*command(tiny, inputs, tmp_path), "--device", "cpu"]
-    killed = subprocess.run([sys.executable, "-c", killer, *arguments], cwd=ROOT, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    assert len(losses(tmp_path)) == 10 and not (tmp_path / "model.safetensors").exists()
+    for step, saved in ((3, []), (10, ["checkpoint-8"]), (13, ["checkpoint-12"])):
+        killed([*arguments, "--resume"], step)
+        assert len(losses(tmp_path)) == step and not (tmp_path / "model.safetensors").exists()
+        assert [path.name for path in tmp_path.glob("checkpoint*")] == saved
     finetune.main([*arguments, "--resume"])
-    assert "resumed at step 8" in capsys.readouterr().out
+    assert "resumed at step 12" in capsys.readouterr().out
     assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == list(range(STEPS))
     assert losses(tmp_path) == losses(finetuned[1])
     one, two = (load_model(out, device="cpu").state_dict() for out in (finetuned[1], tmp_path))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped(tiny, inputs, tmp_path, monkeypatch, capsys):
+    """--out of a run that ended after its first checkpoint, of step 4."""
+    save = finetune.save_checkpoint
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise Stop
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(finetune, "save_checkpoint", save_and_stop)
+        finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"])
+    capsys.readouterr()
+    return tmp_path
+
+
+def test_a_checkpoint_says_where_in_the_data_it_is(stopped):
+    saved = json.loads((stopped / "checkpoint-4" / "run.json").read_text())
+    assert saved["step"] == 4 and saved["segments_read"] == 16 and saved["seed"] == 0
+
+
+def test_resume_refuses_another_model_data_or_length(stopped, tiny, inputs, capsys):
+    save_tiny(stopped / "other", initializer_range=0.2)
+    (stopped / "other" / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
+    (stopped / "other.txt").write_text(prose(4, 60) * 60)
+    for change, value, said in (("--model", stopped / "other", "another model"), ("--len", LENGTH - 8, "len"),
+                                ("--data", stopped / "other.txt", "another data"), ("--batch-size", 2, "batch_size"),
+                                ("--rope", "pi", "another rope"), ("--seed", 1, "another seed")):
+        line = complaint(finetune.main, capsys, *command(tiny, inputs, stopped), "--resume", change, value)
+        assert said in line and "checkpoint-4" in line
+    assert (stopped / "checkpoint-4").exists() and len(losses(stopped)) == 4
+
+
+def test_a_new_run_does_not_take_the_place_of_one_that_can_go_on(stopped, tiny, inputs, capsys):
+    assert "--resume" in complaint(finetune.main, capsys, *command(tiny, inputs, stopped))
+    assert (stopped / "checkpoint-4").exists() and len(losses(stopped)) == 4
+
+
+def test_a_checkpoint_that_is_not_whole_changes_nothing(stopped, tiny, inputs, monkeypatch, capsys):
+    def half(state, checkpoint_id):
+        checkpoint_id.mkdir()
+        (checkpoint_id / "half").write_text("")
+        raise Stop
+    arguments = [*command(tiny, inputs, stopped), "--device", "cpu", "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(finetune.dcp, "save", half)
+        finetune.main(arguments)
+    assert sorted(path.name for path in stopped.glob("checkpoint*")) == ["checkpoint-4", "checkpoint-8.part"]
+    finetune.main(arguments)
+    assert "resumed at step 4" in capsys.readouterr().out and len(losses(stopped)) == STEPS
+
+
+def test_text_is_tokenised_once(tiny, inputs, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text((inputs / "text.txt").read_text())
+    tokenizer, calls = load_tokenizer(tiny), []
+
+    def counted(*arguments):
+        calls.append(1)
+        yield from segments(*arguments)
+    monkeypatch.setattr(finetune, "segments", counted)
+
+    def read():
+        return read_documents([tmp_path / "text.txt"])
+    first, source = finetune.tokenised(read, tokenizer, 64, BOS, EOS, tmp_path)
+    again, same = finetune.tokenised(read, tokenizer, 64, BOS, EOS, tmp_path)
+    assert len(calls) == 1 and same == source and torch.equal(first, again)
+    assert torch.equal(first, cut(read(), tokenizer, 64))
+    (tmp_path / "text.txt").write_text(prose(4, 600))
+    other, new = finetune.tokenised(read, tokenizer, 64, BOS, EOS, tmp_path)
+    assert len(calls) == 2 and new != source and torch.equal(other, cut(read(), tokenizer, 64))
+    assert finetune.tokenised(read, tokenizer, 32, BOS, EOS, tmp_path)[0].shape[1] == 32
+    assert len(list(tmp_path.glob("segments-*"))) == 1  # the others are gone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes and memory
+
+
+def test_recipes_set_the_papers_values_and_flags_override_them(tiny_model):
+    def completed(*given):
+        args = finetune.parser().parse_args(["--rope", "none", *given])
+        finetune.complete(args, tiny_model, torch.device("cuda"))
+        return args.lr, args.schedule, args.batch_size, args.steps, args.len, args.warmup, args.clip
+    assert completed("--recipe", "llama2") == (2e-5, "linear", 32, 400, 8 * WINDOW, 20, 1.0)
+    assert completed("--recipe", "mistral") == (1e-6, "constant", 64, 400, 16384, 20, 1.0)
+    assert completed("--recipe", "mistral", "--lr", "0.1", "--len", "32") == (0.1, "constant", 64, 400, 32, 20, 1.0)
+    assert completed() == (2e-5, "linear", 32, 20, 8 * WINDOW, 5, 1.0)
+
+
+def test_the_mistral_recipe_trains_within_the_window_under_the_long_factors(tiny, inputs, tmp_path, tiny_rope, capsys):
+    tiny_rope.save(tmp_path / "rope.json")
+    short = ["--device", "cpu", "--rope", str(tmp_path / "rope.json"), "--len", str(WINDOW), "--steps", "1"]
+    finetune.main([*command(tiny, inputs, tmp_path / "out"), *short, "--recipe", "mistral"])
+    finetune.main([*command(tiny, inputs, tmp_path / "plain"), *short])
+    assert f"{max(tiny_rope.rescale_factors):.2f}" in capsys.readouterr().out.splitlines()[1]
+    assert abs(losses(tmp_path / "out")[0] - losses(tmp_path / "plain")[0]) > 1e-3
+    assert Rope.load(tmp_path / "out" / "rope.json") == tiny_rope  # with its short set
+
+
+class CountAttention(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.forward += op in finetune.ATTENTION_OPS
+        self.backward += "attention" in str(op) and "backward" in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_checkpointing_computes_all_again_but_attention(tiny, tiny_rope):
+    """Without a kept output attention would run twice in each of the two layers."""
+    gradients, bytes_kept = [], []
+    for recompute in (False, True):
+        model = load_model(tiny, tiny_rope, device="cpu").requires_grad_(True)
+        if recompute:
+            finetune.recompute(model)
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+            loss = finetune.loss_of(model, random_tokens(LENGTH), torch.float32)
+        bytes_kept.append(sum(x.nbytes for x in kept.values()))
+        with CountAttention() as count:
+            finetune.loss_of(model, random_tokens(LENGTH), torch.float32).backward()
+        assert (count.forward, count.backward) == (2, 2)
+        gradients.append([p.grad for p in model.parameters()])
+        assert loss.requires_grad
+    for one, two in zip(*gradients):
+        assert torch.equal(one, two)
+    assert bytes_kept[1] < 0.7 * bytes_kept[0], bytes_kept
+
+
+def test_checkpointing_is_on_where_activations_are_large(tiny_model):
+    def on(*given):
+        args = finetune.parser().parse_args(["--rope", "none", *given])
+        finetune.complete(args, tiny_model, torch.device("cpu"))
+        return args.checkpointing
+    # 5e8 / 2 layers / width 128 = 1953125 tokens
+    assert not on("--len", "1000000") and on("--len", "2000000")
+    assert on("--len", "1000000", "--micro-batch-size", "2", "--batch-size", "2")
+    assert on("--len", "1000000", "--checkpointing") and not on("--len", "2000000", "--no-checkpointing")
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_lower(tiny, inputs, tmp_path, monkeypatch, capsys):
+    def starved(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(finetune, "loss_of", starved)
+    with pytest.raises(SystemExit) as end:
+        run(lambda: finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"]), finetune.REMEDY)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "out of memory, Tried to allocate 2.00 GiB" in line and "--micro-batch-size" in line
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(tiny, inputs, tmp_path, finetuned, capsys):

@@ -181,7 +181,7 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
-    model = load_model(args.model, "config", None, args.device, args.dtype)
+    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/ppl-{lengths[-1]}")
     ropes = resolve_ropes(args.rope, lengths, model)

@@ -399,7 +399,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
     # where the model is sharded no device has to hold all of it
-    model = load_model(args.model, "config", None, "cpu" if dist.is_initialized() else args.device, torch.float32)
+    model = load_model(args.model, "config", None, "cpu" if dist.is_initialized() else args.device, torch.float32,
+                       sliding_window=args.sliding_window)
     device = model.unembedding.device
     if dist.is_initialized() and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())

@@ -10,6 +10,7 @@
 Dimensions: B batch, T tokens, H query heads, K key/value heads, D head_dim, C model width, V vocabulary.
 Rotary pair i = 0 .. D/2-1 joins the coordinates i and i + D/2 of a head ("split-half", as Hugging Face weights are).
 """
+import gzip
 import hashlib
 import json
 import math
@@ -18,10 +19,13 @@ import platform
 import re
 import sys
 import sysconfig
+import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -100,6 +104,13 @@ class Rope:
         return cls(tuple(factors.tolist()), rope_theta, window, scale, attention_factor=attention_factor)
 
     @classmethod
+    def llama3(cls, head_dim, rope_theta, window, factor, low_freq_factor, high_freq_factor, before):
+        """Llama 3.1's, with which it was trained: YaRN's ramp over the turns within an earlier window, `before`."""
+        turns = before / (2 * math.pi) * cls.none(head_dim, rope_theta, window).inv_freq()
+        keep = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+        return cls(tuple((1 / (keep + (1 - keep) / factor)).tolist()), rope_theta, window)
+
+    @classmethod
     def longrope(cls, rescale_factors, rope_theta, window, scale, n_hat=0, attention_factor=None):
         """Factors of one's own, with plain RoPE up to the original window. attention_factor: None is `su_factor`."""
         plain = cls.none(2 * len(rescale_factors), rope_theta, window)
@@ -117,7 +128,17 @@ class Rope:
             scale = 0.0
         if not 1 <= scale < math.inf:
             raise UserError(f"rope {name}:{fixed}: the number behind the colon is s, the extension, a number from 1 up")
-        return getattr(cls, name)(config.head_dim, config.rope.rope_theta, window, scale)
+        return config.rope.trained.times(getattr(cls, name)(config.head_dim, config.rope.rope_theta, window, scale))
+
+    @property
+    def trained(self):
+        """What an extension multiplies its factors onto: plain RoPE, or the factors Llama 3.1 was trained with."""
+        plain = Rope.none(2 * len(self.rescale_factors), self.rope_theta, self.original_max_position_embeddings)
+        return plain if self.short or self.scale != 1 else self
+
+    def times(self, rope):
+        """`rope` on top of this one: their factors multiply, all else is `rope`'s."""
+        return replace(rope, rescale_factors=tuple(np.multiply(self.rescale_factors, rope.rescale_factors).tolist()))
 
     def at(self, length):
         """The set of factors for a sequence of `length` tokens in total: the short one or this."""
@@ -158,8 +179,8 @@ class Rope:
     @classmethod
     def from_dict(cls, d, source="rope"):
         """The inverse of `to_dict`. A plain Hugging Face dict has one attention factor for both sets and no n_hat."""
-        if d.get("rope_type", "longrope") != "longrope":
-            raise UserError(f"{source}: rope_type {d['rope_type']!r} is not longrope")
+        if not isinstance(d, dict) or d.get("rope_type", "longrope") != "longrope":
+            raise UserError(f"{source}: not an object of rope_type longrope")
         given = {k: v for k, v in d.items() if v is not None}
         try:
             window, theta = int(d["original_max_position_embeddings"]), float(d["rope_theta"])
@@ -199,13 +220,19 @@ KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EF
 def attention(q, k, v):
     """Causal softmax(q k^T / sqrt(D)) v. q (B, T, H, D); k, v (B, T, K, D), H a multiple of K -> (B, T, H, D).
 
-    A single query may come with the keys and values of a cache, of which it is the last: it sees them all.
+    Fewer queries than keys are the last ones: a single query with a cache, or a chunk of a sequence with all before it.
     """
-    assert q.shape[1] in (1, k.shape[1]), f"{q.shape[1]} queries for {k.shape[1]} keys"
-    causal = q.shape[1] > 1
+    queries, keys = q.shape[1], k.shape[1]
+    assert queries <= keys, f"{queries} queries for {keys} keys"
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens, as SDPA wants them
+    mask = None
+    if 1 < queries < keys:  # SDPA's is_causal would take the queries for the first ones
+        if q.is_cuda and q.dtype != torch.float32:  # this kernel's means the last ones
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].transpose(1, 2)
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     with sdpa_kernel(KERNELS, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < queries == keys,
+                                             enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
@@ -229,9 +256,21 @@ class Cache:
         self.k[:, start:self.filled], self.v[:, start:self.filled] = k, v
         return self.k[:, :self.filled], self.v[:, :self.filled]
 
+    def attend(self, q, k, v):
+        return attention(q, *self.append(k, v))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Llama. Module and parameter names are Hugging Face's, so that weights load strictly and without renaming.
+# Llama and its kin. Module and parameter names are Hugging Face's Llama's, so that weights load strictly.
+
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+# model_type: the class it has in config.json, which projections have a bias, which are one matrix in the checkpoint
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", (), {}),
+    "mistral": ("MistralForCausalLM", (), {}),
+    "qwen2": ("Qwen2ForCausalLM", QKV, {}),
+    "phi3": ("Phi3ForCausalLM", (), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj")),
+}
 
 
 @dataclass
@@ -246,6 +285,9 @@ class LlamaConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope: Rope                    # what config.json says of it
+    biased: tuple                 # the projections with a bias
+    fused: dict                   # projection: the name of the matrix that holds it, and others, in the checkpoint
+    sliding_window: int | None    # tokens that a token attends to; None is all
     hf: dict                      # config.json as it was read, so that saving keeps what we do not use
 
     @classmethod
@@ -254,10 +296,14 @@ class LlamaConfig:
         if not isinstance(d, dict):
             raise UserError(f"{source}: not a JSON object")
         name = (d.get("architectures") or [d.get("model_type", "unknown")])[0]
-        if d.get("model_type") != "llama":
-            raise UserError(f"{source}: {name} is not supported; supported: LlamaForCausalLM")
-        if d.get("hidden_act", "silu") != "silu" or d.get("attention_bias") or d.get("mlp_bias"):
-            raise UserError(f"{source}: only Llamas with SwiGLU (hidden_act silu) and without biases are supported")
+        architecture, biased, fused = FAMILIES.get(family := d.get("model_type"), (None, (), {}))
+        if not architecture or name not in (architecture, family):
+            supported = ", ".join(f[0] for f in FAMILIES.values())
+            raise UserError(f"{source}: {name} is not supported; supported: {supported}")
+        if d.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{source}: hidden_act {d['hidden_act']} is not supported, only SwiGLU's silu")
+        biased += (*QKV, "o_proj") * bool(d.get("attention_bias"))
+        biased += (*GATE_UP, "down_proj") * bool(d.get("mlp_bias"))
         try:
             heads = d["num_attention_heads"]
             head_dim = d.get("head_dim") or d["hidden_size"] // heads
@@ -269,15 +315,34 @@ class LlamaConfig:
         rope |= d.get("rope_scaling") or {}
         rope |= d.get("rope_parameters") or {}
         rope |= {k: d[k] for k in ("original_max_position_embeddings",) if k in d}  # as transformers does
-        match rope.get("rope_type", rope.get("type", "default")):
-            case "default":
-                rope = Rope.none(head_dim, float(rope["rope_theta"]), window)
-            case "longrope":
-                rope = Rope.from_dict({"factor": window / rope["original_max_position_embeddings"]} | rope, source)
-                check_pairs(rope, head_dim, source)
-            case other:
-                raise UserError(f"{source}: rope type {other!r} is not supported; supported: default, longrope")
-        return cls(**sizes, num_attention_heads=heads, num_key_value_heads=d.get("num_key_value_heads") or heads,
+        kind = "longrope" if "long_factor" in rope else rope.get("rope_type", rope.get("type", "default"))
+        if (rope.get("partial_rotary_factor") or d.get("partial_rotary_factor") or 1) != 1:
+            kind = "partial rotary"
+        try:
+            theta, before = float(rope["rope_theta"]), rope["original_max_position_embeddings"]
+            match kind:  # what a Rope can say exactly; older Phi-3 calls longrope "su"
+                case "default":
+                    rope = Rope.none(head_dim, theta, window)
+                case "linear":
+                    rope = Rope((float(rope["factor"]),) * (head_dim // 2), theta, window)
+                case "llama3":
+                    factors = (rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
+                    rope = Rope.llama3(head_dim, theta, window, *factors, before)
+                case "yarn" if not {"mscale", "mscale_all_dim", "truncate", "attention_factor"} & rope.keys():
+                    betas = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+                    rope = Rope.yarn(head_dim, theta, before, rope["factor"], *betas)
+                case "longrope":
+                    rope = Rope.from_dict({"factor": window / before} | rope | {"rope_type": kind}, source)
+                    check_pairs(rope, head_dim, source)
+                case other:
+                    raise UserError(f"{source}: rope type {other!r} is not supported; supported: default, linear, "
+                                    "llama3, yarn without options, longrope")
+        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+            raise UserError(f"{source}: not a {kind} rope ({type(e).__name__}: {e})") from None
+        sliding = d.get("sliding_window", 4096 if family == "mistral" else None)  # transformers' defaults
+        sliding = sliding if d.get("use_sliding_window", family != "qwen2") else None
+        return cls(**sizes, biased=biased, fused=fused, sliding_window=sliding, num_attention_heads=heads,
+                   num_key_value_heads=d.get("num_key_value_heads") or heads,
                    head_dim=head_dim, rms_norm_eps=d.get("rms_norm_eps", 1e-6),
                    tie_word_embeddings=d.get("tie_word_embeddings", False), rope=rope, hf=d)
 
@@ -306,10 +371,10 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.head_dim = D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias="q_proj" in config.biased)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias="k_proj" in config.biased)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias="v_proj" in config.biased)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias="o_proj" in config.biased)
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
@@ -317,18 +382,16 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache:
-            k, v = cache.append(k, v)
-        out = attention(q, k, v)
+        out = cache.attend(q, k, v) if cache else attention(q, k, v)
         return self.o_proj(out.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="gate_proj" in config.biased)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="up_proj" in config.biased)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias="down_proj" in config.biased)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
@@ -373,11 +436,18 @@ class Llama(nn.Module):
         """The window the model was trained on, in tokens, whatever its rope now is."""
         return self.config.rope.original_max_position_embeddings
 
+    def check_length(self, length):
+        """Raises UserError if so many tokens need the sliding window, which is not computed here."""
+        if length > (self.config.sliding_window or math.inf):
+            raise UserError(f"{length} tokens: in this model a token attends to the last {self.config.sliding_window} "
+                            "only; --no-sliding-window lets it attend to all, as LongRoPE's authors did")
+
     def hidden(self, tokens, table=None, caches=None):
         """(B, T) int64 -> (B, T, C), the states whose product with `unembedding` are the logits.
 
         `generate` brings the rows of a longer table that are these tokens', and a cache for each layer.
         """
+        self.check_length(0 if table else tokens.shape[1])
         cos, sin = table or self.rope.table(tokens.shape[1], tokens.device)  # once, passed down to every layer
         x = self.model.embed_tokens(tokens)
         for block, cache in zip(self.model.layers, caches or [None] * len(self.model.layers)):
@@ -397,6 +467,7 @@ def generate(model, tokens, count, length=None, stop=()):
     keys in a cache cannot be turned anew when the sequence grows over the original window.
     """
     total, new = len(tokens) + count, []
+    model.check_length(total)
     tokens = tokens.to(model.unembedding.device)
     cos, sin = model.rope.table(total, tokens.device, length)
     caches = [Cache(total, model.config, model.unembedding) for _ in model.model.layers]
@@ -413,22 +484,34 @@ def generate(model, tokens, count, length=None, stop=()):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: Hugging Face directories (config.json, *.safetensors, tokenizer.json), with rope.json beside.
 
+BESIDE = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+          "generation_config.json")
 
-def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=None):
+
+def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=None, sliding_window=True):
     """The model in a Hugging Face directory or on the Hub, in eval mode.
 
     rope: None = what the directory says (its rope.json before its config), "config" = its config alone, a Rope, a path
     to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu.
-    dtype: bfloat16 on cuda, float32 on cpu. Raises UserError.
+    dtype: bfloat16 on cuda, float32 on cpu. sliding_window: False lets Mistral's tokens attend to all before them.
+    Raises UserError.
     """
     path = model_directory(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = LlamaConfig.from_dict(read_json(path / "config.json"), str(path / "config.json"))
+    if not sliding_window:
+        config.sliding_window = config.hf["sliding_window"] = None
+        config.hf.pop("layer_types", None)  # a list of which layers slide
     with torch.device("meta"):
         model = Llama(config)
-    state = dict(read_weights(path, device, dtype))
+    state, parts = {}, stored_names(model)
+    for name, tensor in read_weights(path, device, dtype):
+        rows = [model.get_parameter(ours).shape[0] for ours in parts.get(name, ())]
+        if len(rows) > 1 and tensor.shape[:1] != (sum(rows),):
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, this config needs {sum(rows)} rows")
+        state |= zip(parts[name], tensor.split(rows)) if len(rows) > 1 else {name: tensor}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)  # some checkpoints hold the tied matrix twice
     try:
@@ -449,29 +532,44 @@ def model_directory(path):
         raise UserError(f"model {path}: no such directory")
     from huggingface_hub import snapshot_download  # only here, so that everything else works without it
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(path), allow_patterns=[
+            *BESIDE, "config.json", "rope.json", "model*.safetensors", "model.safetensors.index.json"]))
     except Exception as e:  # the Hub client raises its own, requests' and the system's errors
         raise UserError(f"model {path}: no such directory, and the Hub says: {str(e).splitlines()[0]}") from None
 
 
+def stored_names(model):
+    """{name in the checkpoint: our names of its parts, from the first row on}. Only a fused matrix has several."""
+    names = {}
+    for ours in model.state_dict():
+        *before, module, kind = ours.split(".")
+        names.setdefault(".".join((*before, model.config.fused.get(module, module), kind)), []).append(ours)
+    return names
+
+
 def read_weights(path, device, dtype):
     """Yield (name, tensor) of every safetensors file of a directory, each moved to its place as it is read."""
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if (index := path / "model.safetensors.index.json").exists():
-        files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        try:
+            files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: no weight_map in it") from None
     if not files:
         raise UserError(f"{path}: no .safetensors file (other formats are not read, since they can run code)")
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():  # noqa: SIM118, it is no dict
-                    yield name, f.get_tensor(name).to(device, dtype)
+                    if not name.endswith("rotary_emb.inv_freq"):  # of old Llamas, what config.json says too
+                        yield name, f.get_tensor(name).to(device, dtype)
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file}: {e}") from None
 
 
 def resolve_rope(rope, model, length=None):
     """A Rope from what `load_model` and the command lines accept (see there), checked against the model."""
+    model.check_length(length or 0)
     if rope is None:
         rope = model.path / "rope.json" if (model.path / "rope.json").exists() else "config"
     if rope == "config":
@@ -490,31 +588,47 @@ def resolve_rope(rope, model, length=None):
     return rope
 
 
-def save_model(model, path, dtype=torch.bfloat16):
-    """Write a Hugging Face directory that transformers loads as it is, with the model's rope in config.json and, with
-    what config.json has no place for, in rope.json. The tokenizer is copied from the directory the model came from."""
-    path, rope = Path(path), model.rope
-    path.mkdir(parents=True, exist_ok=True)
-    config = {k: v for k, v in model.config.hf.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
-    config |= {"dtype": str(dtype).removeprefix("torch.")}
-    if set(rope.rescale_factors) == {1.0} and rope.attention_factor == 1.0 and not rope.short:
-        config |= {"rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta},
-                   "max_position_embeddings": model.window}
-        (path / "rope.json").unlink(missing_ok=True)
-    else:
-        keys = list(rope.to_dict())[:7]  # what Hugging Face knows
-        config |= {"rope_parameters": {k: rope.to_dict()[k] for k in keys},
-                   "max_position_embeddings": round(rope.scale * rope.original_max_position_embeddings)}
-        rope.save(path / "rope.json")
-    write_json(path / "config.json", config)
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    with whole_file(path / "model.safetensors") as part:
+def save_model(model, path, dtype=torch.bfloat16, state=None):
+    """Write a Hugging Face directory that transformers loads as it is. `state` are the weights gathered from all
+    processes, where each has a part of the model only."""
+    save_config(model, path, dtype)
+    state = state or model.state_dict()
+    state = {name: torch.cat([state[part].detach().to("cpu", dtype) for part in parts])
+             for name, parts in stored_names(model).items()}
+    with whole_file(Path(path) / "model.safetensors") as part:
         save_file(state, part, metadata={"format": "pt"})
-    (path / "model.safetensors.index.json").unlink(missing_ok=True)  # of a sharded model that was here
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        if model.path and model.path != path and (model.path / name).exists():
-            with whole_file(path / name) as part:
-                part.write_bytes((model.path / name).read_bytes())
+    for old in Path(path).glob("model*.safetensors*"):  # shards of a model that was here
+        if old.name != "model.safetensors":
+            old.unlink()
+
+
+def save_config(model, path, dtype=None):
+    """All of that but the weights: the model's rope goes into config.json and, with what that has no place for, into
+    rope.json; the tokenizer is copied from where the model came from. dtype: None is that of the weights there."""
+    path, rope, d = Path(path), model.rope, model.rope.to_dict()
+    path.mkdir(parents=True, exist_ok=True)
+    config = {k: v for k, v in model.config.hf.items() if k != "auto_map"}  # the code that it names is not copied
+    if dtype:
+        config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": str(dtype).removeprefix("torch.")}
+    plain = set(rope.rescale_factors) == {1.0} and rope.attention_factor == 1.0 and not rope.short
+    if rope != model.config.rope:  # or else config.json says it already
+        parameters, window = {k: d[k] for k in list(d)[:7]}, rope.original_max_position_embeddings
+        said = Rope.from_dict(parameters).to_dict()
+        if (lost := [f"{k} {v:.4g} (there {said[k]:.4g})" for k, v in d.items() if v != said[k]]) and rank() == 0:
+            print(f"{path}: rope.json has what config.json cannot say: {', '.join(lost)}", file=sys.stderr)
+        parameters |= {"short_mscale": d["short_attention_factor"], "long_mscale": rope.attention_factor}  # for vLLM
+        config = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_theta")} | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta} if plain else parameters,
+            "max_position_embeddings": window if plain else round(rope.scale * window),
+            "original_max_position_embeddings": window}  # Phi3 looks for it here
+    write_json(path / "config.json", config)
+    if rope.short or not plain and rope != model.config.rope:
+        rope.save(path / "rope.json")
+    else:
+        (path / "rope.json").unlink(missing_ok=True)
+    for file in {file for name in BESIDE for file in model.path.glob(name)} if model.path not in (None, path) else ():
+        with whole_file(path / file.name) as part:
+            part.write_bytes(file.read_bytes())
 
 
 def load_tokenizer(path=BUNDLED_MODEL):
@@ -540,21 +654,43 @@ class Window:
 
 
 def read_documents(paths, min_characters=0):
-    """Yield (name, text) from .txt files, directories of them and .jsonl files with a "text" field, in the order given
-    and, within a directory, of the names. No path: long documents made of this Python's standard library."""
-    if not paths:
-        yield from standard_library(min_characters)
-    for path in map(Path, paths or ()):
-        if not path.exists():
-            raise UserError(f"data {path}: no such file or directory")
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"data {path}: no .txt or .jsonl file in it")
-        for file in files:
-            if file.suffix != ".jsonl":
+    """Yield (name, text) from .txt files, directories of them, .jsonl(.gz) files with a "text" field and data sets
+    hf:NAME[:SPLIT[:FIELD]], in the order given and, within a directory, of the names. No path: long documents made of
+    this Python's standard library. Those without text are left out, with a line on stderr; UserError if all are."""
+    sources = [data_set(p) if p.startswith("hf:") else documents_in(Path(p)) for p in map(str, paths or ())]
+    good, empty, damaged = 0, [], []
+    try:
+        for name, text in chain(*sources or [standard_library(min_characters)]):
+            if "\ufffd" in text:
+                damaged.append(name)
+            if text.strip():
+                good += 1
+                yield name, text
+            else:
+                empty.append(name)
+    finally:  # the reader may have had enough before the end
+        for names, what in ((empty, "have no text"), (damaged, "have bytes that are not UTF-8, read as U+FFFD")):
+            if names and good and rank() == 0:
+                print(f"{len(names)} documents {what}: {shorten(', '.join(names), 200)}", file=sys.stderr)
+    if not good:
+        raise UserError(f"data: no text in any of {len(empty)} documents: {shorten(', '.join(empty), 200)}")
+
+
+def documents_in(path):
+    """Yield (name, text) from a file or a directory."""
+    if not path.exists():
+        raise UserError(f"data {path}: no such file or directory")
+    kinds = (".txt", ".jsonl", ".jsonl.gz")
+    files = sorted(p for p in path.rglob("*") if p.name.endswith(kinds)) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"data {path}: no .txt or .jsonl file in it")
+    for file in files:
+        try:
+            if not file.name.endswith(kinds[1:]):
                 yield file.name, file.read_text(encoding="utf-8", errors="replace")
                 continue
-            with open(file, encoding="utf-8", errors="replace") as lines:
+            opened = gzip.open if file.suffix == ".gz" else open
+            with opened(file, "rt", encoding="utf-8", errors="replace") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
                         text = json.loads(line)["text"]
@@ -562,6 +698,22 @@ def read_documents(paths, min_characters=0):
                     except (ValueError, KeyError, TypeError, AssertionError):
                         raise UserError(f"{file}, line {number}: not a JSON object with a \"text\" field") from None
                     yield f"{file.name}:{number}", text
+        except (OSError, EOFError, zlib.error) as e:
+            raise UserError(f"data {file}: {e}") from None
+
+
+def data_set(path):
+    """Yield (name, text) from hf:NAME[:SPLIT[:FIELD]], by default the split train and the field text."""
+    _, name, split, field = (path + ":::").split(":")[:4]
+    split, field = split or "train", field or "text"
+    try:
+        from datasets import load_dataset  # only here, so that everything else works without it
+        for number, row in enumerate(load_dataset(name, split=split, streaming=True, trust_remote_code=False), 1):
+            yield f"{name}:{split}:{number}", str(row[field])
+    except ImportError:
+        raise UserError(f"data {path}: needs the package datasets: pip install datasets") from None
+    except Exception as e:  # the library raises its own, the network's and the system's errors
+        raise UserError(f"data {path}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
 
 
 def standard_library(min_characters):
@@ -591,7 +743,7 @@ def windows(documents, tokenizer, length, samples, bos=None):
     A beginning-of-text token comes first if the tokenizer adds it by itself or it is given as `bos`. Shorter documents
     are left out, with a line on stderr. Raises UserError if none is long enough.
     """
-    found, short, longest = [], 0, 0
+    found, short, longest = [], [], 0
     for name, text in documents:
         characters = 8 * length  # encode a beginning only; books are far longer than most windows
         while True:
@@ -601,16 +753,18 @@ def windows(documents, tokenizer, length, samples, bos=None):
                 break
             characters *= 2
         if len(tokens) < length:
-            short, longest = short + 1, max(longest, len(tokens))
+            short.append(name)
+            longest = max(longest, len(tokens))
             continue
         found.append(Window(name, torch.tensor(tokens[:length])))
         if len(found) == samples:
             break
     if not found:
-        raise UserError(f"no document of {length} tokens: the longest of {short} has {longest}; "
+        raise UserError(f"no document of {length} tokens: the longest of {len(short)} has {longest}; "
                         "give longer documents (--data) or a shorter --len")
     if short and rank() == 0:
-        print(f"left out {short} documents shorter than {length} tokens", file=sys.stderr)
+        print(f"left out {len(short)} documents shorter than {length} tokens: {shorten(', '.join(short), 200)}",
+              file=sys.stderr)
     return found
 
 
@@ -657,11 +811,14 @@ def forward_flops(model, length):
 
 
 def add_arguments(parser, data=True):
-    parser.add_argument("--model", default=str(BUNDLED_MODEL),
+    parser.add_argument("--model", default=os.path.relpath(BUNDLED_MODEL),
                         help="Hugging Face directory or Hub id (default: the bundled model)")
     if data:
         parser.add_argument("--data", nargs="+", default=[], metavar="PATH",
-                            help=".txt files, directories, .jsonl with \"text\" (default: Python's standard library)")
+                            help=".txt files, directories, .jsonl(.gz) with \"text\", hf:NAME[:SPLIT[:FIELD]] "
+                                 "(default: Python's standard library)")
+    parser.add_argument("--no-sliding-window", dest="sliding_window", action="store_false",
+                        help="let Mistral's tokens attend to all before them, as LongRoPE's authors did")
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                         help="default: bfloat16 on cuda, float32 on cpu")
@@ -740,7 +897,7 @@ def read_json(path):
         raise UserError(f"{path}: {e}") from None
 
 
-def run(main):
+def run(main, remedy="lower --len"):
     """main() with mistakes of the user's, and running out of memory, told in one line and exit code 2."""
     try:
         main()
@@ -749,7 +906,7 @@ def run(main):
     except RuntimeError as e:  # torch.OutOfMemoryError is one, but a CPU's is a plain RuntimeError
         if not (needed := re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)):
             raise
-        sys.exit(print(f"{Path(sys.argv[0]).name}: out of memory, {needed[0]}: lower --len", file=sys.stderr) or 2)
+        sys.exit(print(f"{Path(sys.argv[0]).name}: out of memory, {needed[0]}: {remedy}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: stopped; what it has written so far is whole")
     if dist.is_initialized():

@@ -1,5 +1,6 @@
 """The Llama against transformers', checkpoints, windows, and the measure of all scripts."""
 import json
+import re
 
 import pytest
 import torch
@@ -236,8 +237,8 @@ def broken(tiny, path, **config):
 
 
 @pytest.mark.parametrize("config, said", [
-    ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM is not supported"),
-    ({"attention_bias": True}, "biases"),
+    ({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}, "GemmaForCausalLM is not supported"),
+    ({"attention_bias": True}, "Missing key"),
     ({"hidden_act": "gelu"}, "SwiGLU"),
     ({"vocab_size": ...}, "vocab_size"),
     ({"num_attention_heads": ...}, "num_attention_heads"),
@@ -337,13 +338,20 @@ def test_jsonl_documents_are_read_line_by_line(tmp_path):
             list(read_documents([file]))
 
 
-def test_default_documents_are_the_standard_library_in_order_each_long_enough():
+def test_default_documents_are_the_standard_library_largest_first_each_long_enough_but_the_last():
     documents = list(read_documents([], 300_000))
     assert len(documents) >= 10 and documents == list(read_documents([], 300_000))
-    assert all(len(text) >= 300_000 for _, text in documents)
-    firsts = [name.removeprefix("stdlib:").split("..")[0] for name, _ in documents]
-    assert firsts == sorted(firsts) and len(set(firsts)) == len(firsts)
-    assert "def loads(" in "".join(text for _, text in documents)  # json
+    *others, (_, last) = documents
+    assert all(len(text) >= 300_000 for _, text in others) and last
+    names, sizes = zip(*((name.removeprefix("stdlib:"), len(text)) for name, text in others))
+    assert all(name.startswith("stdlib:") for name, _ in documents) and len(set(names)) == len(names)
+    alone = [size for name, size in zip(names, sizes) if "+" not in name]
+    assert len(alone) > 1 and alone == sorted(alone, reverse=True)  # whole packages, the largest first
+    assert ["+" in name for name in names] == [False] * len(alone) + [True] * (len(names) - len(alone))
+    assert any(re.fullmatch(r"\w+\+\w+\+\.\.\.", name) for name in names)  # the first two stand for all joined
+    assert all(size < 600_000 for name, size in zip(names, sizes) if "+" in name)  # no more than it takes
+    everything = "".join(text for _, text in documents)
+    assert everything == "".join(text for _, text in read_documents([], 1)) and "def loads(" in everything  # json
     assert "class TestCase" not in documents[0][1]
 
 

@@ -209,7 +209,7 @@ def train(model, data, device, args, out, identity):
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
                                    {"params": rest, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    start = load_checkpoint(out, model, optimizer, identity) if args.resume else 0
+    start = load_checkpoint(out, model, optimizer) if args.resume else 0
     predicted = args.batch_size * (data.shape[1] - 1)  # tokens in a step, over all processes
     log = open_log(out / "log.jsonl", start)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train", unit="step", smoothing=0.05,
@@ -292,7 +292,7 @@ def save_checkpoint(out, model, optimizer, step, identity):
     barrier()
 
 
-def load_checkpoint(out, model, optimizer, identity):
+def load_checkpoint(out, model, optimizer):
     """Put model and optimizer back as they were; returns the next step. Without a checkpoint it starts at 0."""
     if not (found := checkpoints(out)):
         return 0
@@ -377,6 +377,8 @@ def complete(args, model, device):
     for name in ("steps", "batch_size", "micro_batch_size", "context_parallel", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.dtype == "float16":
+        raise UserError("--dtype float16: gradients would vanish in it; take bfloat16 or float32")
     if args.len < 4:
         raise UserError(f"--len {args.len}: a segment is BOS, text and EOS, at least 4 tokens")
     groups, rest = divmod(world_size(), args.context_parallel)
@@ -392,7 +394,7 @@ def complete(args, model, device):
     searched = [Path(f"out/search-{target}/rope.json"), BUNDLED_MODEL.parent / "rope.json"]
     if not args.rope and Path(args.model).resolve() == BUNDLED_MODEL and target == 8 * model.window:
         args.rope = next((str(path) for path in searched if path.is_file()), None)
-    return resolve_rope(args.rope, model, args.len)
+    return resolve_rope(args.rope, model, max(target, args.len))
 
 
 def main(argv=None):

@@ -190,6 +190,7 @@ class Evaluator:
         self.bar = tqdm(total=args.max_evals, desc="search", unit="candidate", smoothing=0.05, disable=rank() > 0)
 
     def __call__(self, population, iteration, parents):
+        assert all(is_monotone(individual.factors) for individual in population)
         nlls, waiting, active = {}, list(population), []
         while waiting or active:
             while waiting and len(active) < world_size():
@@ -257,11 +258,10 @@ def open_history(path, setup, resume):
     if resume and path.exists():
         for text in path.read_text().split("\n")[:-1]:
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                lines.append(dict(json.loads(text)))
+            except (ValueError, TypeError):
                 break
-        if not lines or not all(isinstance(line, dict) and key in line for line, key in
-                                zip(lines, ["setup"] + ["genes"] * len(lines))):
+        if not lines or "setup" not in lines[0] or any("genes" not in line for line in lines[1:]):
             raise UserError(f"{path}: not a history that can be resumed; start without --resume")
         if differs := [key for key in setup if lines[0]["setup"].get(key) != setup[key]]:
             raise UserError(f"{path} is of a search with another {', '.join(differs)}; resume with the same, or start "
@@ -270,6 +270,8 @@ def open_history(path, setup, resume):
     spread(lambda _: None, range(world_size()))  # all have read it before the first writes it
     if rank() > 0:
         return known, None
+    if path.exists() and not resume:
+        path.replace(path.with_suffix(".old.jsonl"))  # days of work, perhaps
     part = path.with_name(path.name + ".part")  # the old one stays until what goes on from it is whole
     file = open(part, "w")
     file.writelines(json.dumps(line) + "\n" for line in lines or [{"setup": setup}])
@@ -546,6 +548,8 @@ def main(argv=None):
         found = needle_windows(found, tokenizer, args.seed)
     searched, held_out = found[:args.samples], found[args.samples:]
     say_cost(args, model, searched)
+    if len(searched) < args.samples:
+        say(f"only {len(searched)} documents are long enough, not {args.samples}: give more for factors to rely on")
 
     same = ("len", "fitness", "seed", "population_size", "num_mutations", "num_crossovers", "num_parents",
             "mutation_prob", "n_hat", "attention_factor", "short", "racing")  # what a resumed search must agree in

@@ -37,6 +37,7 @@ from longrope import (
     UserError,
     add_arguments,
     attention,
+    barrier,
     describe,
     forward_flops,
     join_processes,
@@ -264,11 +265,6 @@ def open_log(path, start):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: all processes write their parts into one directory, which gets its name when it is whole
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def checkpoints(out):

@@ -865,6 +865,12 @@ def say(line):
         tqdm.write(line)
 
 
+def barrier():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def spread(measure, items):
     """[measure(x) for x in items], dealt to torchrun's processes. All of them get the whole list in the order of
     `items`, so sums over it do not depend on their number."""

@@ -28,6 +28,7 @@ from longrope import (
     UserError,
     Window,
     add_arguments,
+    barrier,
     data_hash,
     describe,
     forward_flops,
@@ -267,7 +268,7 @@ def open_history(path, setup, resume):
             raise UserError(f"{path} is of a search with another {', '.join(differs)}; resume with the same, or start "
                             "without --resume")
     known = {json.dumps(line["genes"]): (line["nll"], line["ppl"] is not None) for line in lines[1:]}
-    spread(lambda _: None, range(world_size()))  # all have read it before the first writes it
+    barrier()  # all have read it before the first writes it
     if rank() > 0:
         return known, None
     if path.exists() and not resume:
@@ -306,7 +307,7 @@ def start_of(args, model, init):
     total_scale = base.scale if args.short else scale * base.scale
     attention, attention_range = attention_factors(args, total_scale, model.window)
 
-    def extended(rope):  # by a rope of its own
+    def extended(rope):  # base with the factors of `rope` on top
         return replace(base, rescale_factors=base.times(rope).rescale_factors, scale=total_scale)
     named = {name: getattr(Rope, name)(model.config.head_dim, base.rope_theta, window, scale) for name in BASELINES}
 
@@ -325,10 +326,9 @@ def start_of(args, model, init):
             short = Rope(individual.factors, base.rope_theta, model.window, 1.0, individual.n_hat,
                          individual.attention_factor)
             return replace(base, short=short, short_max_length=max(args.len, model.window))
-        rope = Rope.longrope(individual.factors, base.rope_theta, model.window, total_scale, individual.n_hat,
-                             individual.attention_factor)
-        return replace(rope, rescale_factors=extended(rope).rescale_factors, short=base.short or trained,
-                       short_max_length=base.short_max_length or rope.short_max_length)
+        rope = extended(replace(base, rescale_factors=individual.factors))
+        return replace(rope, n_hat=individual.n_hat, attention_factor=individual.attention_factor,
+                       short=base.short or trained, short_max_length=base.short_max_length or model.window)
     if args.short:
         starts = [start("none", trained), start("long", base), *starts]
         others = {"none": trained, "long": replace(base, short=None)}

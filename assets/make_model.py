@@ -2,13 +2,14 @@
 
     $ python assets/make_model.py --books BOOKS_DIR --out out/bundled          # one GPU, under 15 minutes
 
-Steps: collect text; train a BPE of 4096 tokens; write random weights; train with finetune.py's own loop; the result
-in OUT/model is what stands in assets/model. No file of Python source that shares more than 3 lines with the standard
-library is used, so that the standard library can be measured on; a few percent of the text are pass-key documents.
+Steps: collect text; train a BPE of 4096 tokens; write random weights; train with finetune.py's own loop, then a few
+steps more on a mixture with a third of pass keys; the result in OUT/model is what stands in assets/model. No file of
+Python source that shares more than 3 lines with the standard library is used, so that the standard library can be
+measured on; about a tenth of the text are pass-key documents.
 
-theta is 1000. What a window has to repair depends on the share of the pairs that turn within it at least once: about
-0.7 of them in Llama-2 (window 4096, theta 10000), as here with a window of 1024. With theta 10000 the share would be
-0.55, YaRN alone would extend this small model 8 times at almost no loss, and a search would have nothing to find.
+theta is 700. What a window has to repair depends on the share of the pairs that turn within it at least once: 0.70 of
+them in Llama-2 (window 4096, theta 10000), 0.78 here with a window of 1024. With theta 10000 the share would be 0.55,
+YaRN alone would extend this small model 8 times at almost no loss, and a search would have nothing to find.
 """
 import argparse
 import importlib.metadata
@@ -29,11 +30,12 @@ from eval_passkey import make_prompt
 from longrope import Llama, LlamaConfig, read_documents, save_model, write_json
 
 WINDOW = 1024
+ANNEAL = 150  # steps at the end, of 16 segments, a third of them pass keys
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4096, "hidden_size": 256,
     "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    "max_position_embeddings": WINDOW, "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    "max_position_embeddings": WINDOW, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
     "bos_token_id": 0, "eos_token_id": 1, "attention_bias": False, "mlp_bias": False,
 }
 
@@ -83,12 +85,14 @@ def train_tokenizer(texts, path):
     return tokenizer
 
 
-def passkey_documents(tokenizer, texts, count):
-    """`count` documents of one segment each: a pass-key prompt of up to WINDOW tokens with its answer, then a book."""
+def passkey_documents(tokenizer, texts, count, ends=0.0):
+    """`count` documents of one segment each: a pass-key prompt of up to WINDOW tokens with its answer, then a book.
+    A share `ends` of the keys stands at the very start or end, where a key of a random depth hardly ever does."""
     rng = random.Random(0)
     for _ in range(count):
         length = rng.randint(110, WINDOW - 2) if rng.random() < 0.7 else WINDOW - 2
-        tokens, _ = make_prompt(tokenizer, length, rng.random(), f"{rng.randint(10000, 99999)}")
+        depth = rng.choice((0.0, 1.0)) if ends and rng.random() < ends else rng.random()
+        tokens, _ = make_prompt(tokenizer, length, depth, f"{rng.randint(10000, 99999)}")
         book = rng.choice(texts)
         start = rng.randrange(max(1, len(book) - 10 * WINDOW))
         tokens += tokenizer.encode("\n\n" + book[start:start + 8 * WINDOW], add_special_tokens=False).ids
@@ -106,14 +110,23 @@ def random_weights(config, seed):
     return model
 
 
+def train(model, data, out, steps, batch_size, lr, schedule):
+    """finetune.py's loop. Segments have one token more than the window: EOS ends a segment, and the window's own last
+    place should see all kinds of tokens."""
+    finetune.main(["--model", str(model), "--len", str(WINDOW + 1), "--data", str(data), "--rope", "none",
+                   "--steps", str(steps), "--lr", lr, "--schedule", schedule, "--warmup", str(min(50, steps // 4)),
+                   "--weight-decay", "0.1", "--batch-size", str(batch_size), "--micro-batch-size", str(batch_size),
+                   "--save-every", str(steps), "--out", str(out)])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--books", nargs="+", required=True, help="directories of .txt files")
     p.add_argument("--python", nargs="+", default=[sysconfig.get_path("purelib")],
                    help="directories of packages (default: this Python's site-packages)")
     p.add_argument("--characters", type=float, default=8e7, help="most characters of each of the two (default: 8e7)")
-    p.add_argument("--passkeys", type=int, default=5000, help="pass-key documents (default: 5000)")
-    p.add_argument("--steps", type=int, default=2400, help="training steps (default: 2400)")
+    p.add_argument("--passkeys", type=int, default=6000, help="pass-key documents (default: 6000)")
+    p.add_argument("--steps", type=int, default=3600, help="training steps (default: 3600)")
     p.add_argument("--batch-size", type=int, default=128, help="segments of 1024 tokens in a step (default: 128)")
     p.add_argument("--out", type=Path, default=Path("out/bundled"))
     args = p.parse_args()
@@ -136,13 +149,15 @@ def main():
     print(f"tokenizer and text after {time.perf_counter() - begun:.0f} s", flush=True)
 
     save_model(random_weights(LlamaConfig.from_dict(CONFIG), seed=0), init, dtype=torch.float32)
-    # one token more than the window: EOS ends a segment, and the window's own last place should see all kinds of tokens
-    finetune.main(["--model", str(init), "--len", str(WINDOW + 1), "--data", str(args.out / "train.jsonl"),
-                   "--rope", "none", "--steps", str(args.steps), "--lr", "2e-3", "--schedule", "cosine",
-                   "--warmup", "50", "--weight-decay", "0.1", "--batch-size", str(args.batch_size),
-                   "--micro-batch-size", str(args.batch_size), "--save-every", str(args.steps),
-                   "--out", str(args.out / "model")])
-    log = [json.loads(line) for line in (args.out / "model" / "log.jsonl").read_text().splitlines()]
+    train(init, args.out / "train.jsonl", args.out / "pretrained", args.steps, args.batch_size, "2e-3", "cosine")
+    rng = random.Random(1)
+    with open(args.out / "anneal.jsonl", "w") as f:
+        prompts += (keys := list(passkey_documents(tokenizer, [t for _, t in books], ANNEAL * 8, ends=0.4)))
+        texts = rng.choices([t for _, t in books + source], k=ANNEAL * 8)
+        for text in keys + [t[(at := rng.randrange(max(1, len(t) - 8000))):at + 8000] for t in texts]:
+            f.write(json.dumps({"text": text}) + "\n")
+    train(args.out / "pretrained", args.out / "anneal.jsonl", args.out / "model", ANNEAL, 16, "3e-4", "linear")
+    log = [json.loads(line) for line in (args.out / "pretrained" / "log.jsonl").read_text().splitlines()]
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     write_json(args.out / "made.json", {
         "arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": round(time.perf_counter() - begun),

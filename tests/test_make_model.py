@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval_passkey import QUESTION
+from eval_passkey import FILLER, NEEDLE, QUESTION, TASK
 from longrope import load_model, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -49,15 +49,28 @@ def test_a_passkey_document_fills_one_segment_and_holds_question_and_key(make_mo
         assert key.isdigit() and f"{QUESTION} {key}" in segment
 
 
+def test_a_share_of_the_keys_stands_at_the_very_start_or_end(make_model):
+    tokenizer, shares = load_tokenizer(), []
+    for ends in (0.0, 0.5):
+        at_an_end = 0
+        for text in make_model.passkey_documents(tokenizer, ["a long book " * 5000], 60, ends):
+            before, _, after = text.partition(QUESTION)[0].partition("The pass key is ")
+            at_an_end += before.endswith("there.\n\n") or after.endswith("is the pass key.\n\n")
+        shares.append(at_an_end / 60)
+    assert shares[0] < 0.1 and 0.3 < shares[1] < 0.7
+
+
 def test_the_whole_of_it_at_toy_size_ends_in_a_directory_that_loads(make_model, packages, tmp_path, monkeypatch):
     (tmp_path / "books").mkdir()
     book = " ".join(f"In the year {i} the ship left harbour {i * i} with {i % 13} men." for i in range(4000))
+    book += (TASK + FILLER + NEEDLE + QUESTION) * 50  # so that the tokenizer has words for a prompt
     (tmp_path / "books" / "book.txt").write_text(book)
     monkeypatch.setattr("sys.argv", ["make_model.py", "--books", str(tmp_path / "books"), "--python", str(packages),
                                      "--passkeys", "3", "--steps", "1", "--batch-size", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(make_model, "ANNEAL", 1)
     make_model.main()
     made = json.loads((tmp_path / "made.json").read_text())
-    assert made["books"] == 1 and made["passkey_documents"] == 3 and list(made["packages"]) == ["own"]
+    assert made["books"] == 1 and made["passkey_documents"] == 3 + 8 and list(made["packages"]) == ["own"]
     assert 5 < made["final_loss"] < 10  # one step from random weights: about ln of the vocabulary
     model, tokenizer = load_model(tmp_path / "model"), load_tokenizer(tmp_path / "model")
     assert model.window == make_model.WINDOW and tokenizer.encode("12").ids[0] == 0

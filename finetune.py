@@ -419,9 +419,10 @@ def main(argv=None):
     read = partial(read_documents, args.data, 5 * args.len)
     data, source = tokenised(read, tokenizer, args.len, bos, eos, out)
     say(f"{len(data)} segments")
-    identity = {"model": describe(model, args)["weights_sha256"], "data": source, "len": args.len,
-                "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest(), "seed": args.seed,
-                "batch_size": args.batch_size}
+    identity = {"model": describe(model, args)["weights_sha256"], "data": source,
+                "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest()}
+    identity |= {key: getattr(args, key) for key in ("len", "seed", "batch_size", "steps", "lr", "schedule", "warmup",
+                                                     "clip", "weight_decay", "dtype")}
     check_checkpoint(out, args.resume, identity)
     barrier()
     begun = time.perf_counter()

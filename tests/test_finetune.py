@@ -231,7 +231,9 @@ def test_resume_refuses_another_model_data_or_length(stopped, tiny, inputs, caps
     (stopped / "other.txt").write_text(prose(4, 60) * 60)
     for change, value, said in (("--model", stopped / "other", "another model"), ("--len", LENGTH - 8, "len"),
                                 ("--data", stopped / "other.txt", "another data"), ("--batch-size", 2, "batch_size"),
-                                ("--rope", "pi", "another rope"), ("--seed", 1, "another seed")):
+                                ("--rope", "pi", "another rope"), ("--seed", 1, "another seed"),
+                                ("--lr", 1e-5, "another lr"), ("--schedule", "constant", "another schedule"),
+                                ("--steps", 40, "steps"), ("--clip", 2.0, "clip")):
         line = complaint(finetune.main, capsys, *command(tiny, inputs, stopped), "--resume", change, value)
         assert said in line and "checkpoint-4" in line
     assert (stopped / "checkpoint-4").exists() and len(losses(stopped)) == 4

@@ -19,8 +19,9 @@ import platform
 import re
 import sys
 import sysconfig
+import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
@@ -234,6 +235,16 @@ def attention(q, k, v):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < queries == keys,
                                              enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+def attention_kernel(device, dtype, head_dim):
+    """The name of the first of KERNELS that runs there, for the record: kernels differ in their last bits."""
+    x = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
+    for kernel in KERNELS:
+        with sdpa_kernel(kernel), warnings.catch_warnings(), suppress(RuntimeError):  # "No available kernel"
+            warnings.simplefilter("ignore")  # the reasons why
+            F.scaled_dot_product_attention(x, x, x, is_causal=True)
+            return kernel.name.lower()
 
 
 def rotate(x, cos, sin):
@@ -575,6 +586,8 @@ def resolve_rope(rope, model, length=None):
     if rope == "config":
         return model.config.rope
     if isinstance(rope, str) and rope.partition(":")[0] in ("none", "pi", "ntk", "yarn"):
+        if length is None and rope in ("pi", "ntk", "yarn"):
+            raise UserError(f"rope {rope}: for how many tokens? Give length, or s as in {rope}:8")
         return Rope.named(rope, model.config, length or model.window)
     if not isinstance(rope, Rope):
         if not Path(rope).is_file():
@@ -582,6 +595,9 @@ def resolve_rope(rope, model, length=None):
         source, rope = rope, Rope.load(rope)
         if not math.isclose(rope.rope_theta, theta := model.config.rope.rope_theta):
             raise UserError(f"{source}: rope_theta {rope.rope_theta:g}, this model has {theta:g}")
+        if rope.original_max_position_embeddings != model.window:
+            raise UserError(f"{source}: for an original window of {rope.original_max_position_embeddings} tokens, this "
+                            f"model's is {model.window}")
         check_pairs(rope, model.config.head_dim, source)
         return rope
     check_pairs(rope, model.config.head_dim, "rope")
@@ -837,8 +853,10 @@ def describe(model, args):
     sample = hashlib.sha256()  # of a little of every tensor: quick, and any training changes it
     for p in model.parameters():
         sample.update(p.flatten()[:1024].double().cpu().numpy().tobytes())
+    w = model.unembedding
     return {"model": str(args.model), "weights_sha256": sample.hexdigest(),
-            "dtype": str(model.unembedding.dtype).removeprefix("torch."), "versions": versions()}
+            "dtype": str(w.dtype).removeprefix("torch."), "versions": versions(),
+            "attention": attention_kernel(w.device, w.dtype, model.config.head_dim)}
 
 
 def join_processes(device=None):

@@ -43,7 +43,6 @@ from longrope import (
     say,
     spread,
     su_factor,
-    versions,
     whole_file,
     window_nll,
     windows,
@@ -186,7 +185,8 @@ class Evaluator:
             "model": str(args.model), "data": [w.document for w in found], "data_sha256": data_hash(found),
             "target_length": args.len, "fitness": args.fitness, "seed": args.seed,
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-                          if k not in ("out", "resume")}, "versions": versions()}
+                          if k not in ("out", "resume")},
+            **{k: setup[k] for k in ("dtype", "attention", "versions")}}
         self.known, self.history = open_history(args.out / "history.jsonl", setup, args.resume)
         self.bar = tqdm(total=args.max_evals, desc="search", unit="candidate", smoothing=0.05, disable=rank() > 0)
 
@@ -301,7 +301,7 @@ def start_of(args, model, init):
     window = round(base.scale * model.window)  # the window to start from
     scale = args.len / window
     if args.short:
-        scale = min(base.scale, 5.0)
+        scale = max(min(base.scale, 5.0), *trained.rescale_factors)  # Llama 3.1's own factors reach 8
     elif scale <= 1:
         raise UserError(f"--len {args.len}: nothing to extend, the window is {window} already")
     total_scale = base.scale if args.short else scale * base.scale
@@ -359,15 +359,16 @@ def attention_factors(args, scale, window):
     return fixed, (fixed, fixed)
 
 
-def needle_windows(found, tokenizer, seed):
+def needle_windows(found, tokenizer, seed, of_documents=True):
     """Needle fitness (LongRoPE2, arXiv 2502.20082): each document becomes filler around a pass key near its start, the
-    question stands at its end, and only the answer's tokens are scored."""
+    question stands at its end, and only the answer's tokens are scored. Or the filler is the pass-key protocol's."""
     rng, made = np.random.default_rng(seed), []
     for w in found:
-        filler = w.tokens.tolist()[len(tokenizer.encode("").ids):]  # without BOS, the prompt brings its own
+        filler = w.tokens.tolist()[len(tokenizer.encode("").ids):] if of_documents else None  # without its own BOS
         tokens, count = make_prompt(tokenizer, len(w.tokens), float(rng.uniform(0, 0.1)),
                                     str(rng.integers(10_000, 100_000)), filler)
-        made.append(Window(w.document, w.tokens.new_tensor(tokens), len(tokens) - count))
+        name = w.document if of_documents else f"pass key {len(made)}"
+        made.append(Window(name, w.tokens.new_tensor(tokens), len(tokens) - count))
     return made
 
 
@@ -474,7 +475,8 @@ def parser():
     p.add_argument("--attention-factor", default="su", metavar="su|yarn|none|NUMBER|search",
                    help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
-                   help="perplexity of whole documents, or of a pass key's tokens alone (default: ppl)")
+                   help="perplexity of whole documents, or of the tokens of a pass key hidden in them (without --data "
+                   "in the pass-key protocol's own sentences) (default: ppl)")
     p.add_argument("--init", type=Path, help="rope.json of a fine-tuned model: search a second stage on top of it")
     p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     p.add_argument("--no-racing", dest="racing", action="store_false",
@@ -545,7 +547,7 @@ def main(argv=None):
         check_export(args, model, space, init)
     found = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples)
     if args.fitness == "needle":
-        found = needle_windows(found, tokenizer, args.seed)
+        found = needle_windows(found, tokenizer, args.seed, of_documents=bool(args.data))
     searched, held_out = found[:args.samples], found[args.samples:]
     say_cost(args, model, searched)
     if len(searched) < args.samples:

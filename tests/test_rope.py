@@ -275,7 +275,7 @@ def test_a_rope_json_that_is_no_json_object_is_the_users_mistake(tmp_path, text)
         Rope.load(tmp_path / "nowhere.json")
 
 
-def test_a_rope_for_another_head_dim_or_theta_is_the_users_mistake(tmp_path, tiny):
+def test_a_rope_for_another_head_dim_theta_or_window_is_the_users_mistake(tmp_path, tiny):
     other = Rope.longrope([2.0] * 16, 10000.0, WINDOW, 4.0)
     other.save(tmp_path / "rope.json")
     for rope in (other, tmp_path / "rope.json", str(tmp_path / "rope.json")):
@@ -284,6 +284,16 @@ def test_a_rope_for_another_head_dim_or_theta_is_the_users_mistake(tmp_path, tin
     Rope.longrope([2.0] * 32, 500000.0, WINDOW, 4.0).save(tmp_path / "rope.json")
     with pytest.raises(UserError, match="rope_theta"):
         load_model(tiny, tmp_path / "rope.json", device="cpu")
+    Rope.longrope([2.0] * 32, 10000.0, WINDOW + 1, 4.0).save(tmp_path / "rope.json")
+    with pytest.raises(UserError, match=f"window of {WINDOW + 1} tokens"):
+        load_model(tiny, tmp_path / "rope.json", device="cpu")
+
+
+def test_a_named_rope_needs_a_length_or_s(tiny):
+    assert load_model(tiny, "yarn:4", device="cpu").rope == load_model(tiny, "yarn", 4 * WINDOW, device="cpu").rope
+    for name in ("pi", "ntk", "yarn"):
+        with pytest.raises(UserError, match=f"rope {name}: for how many tokens"):
+            load_model(tiny, name, device="cpu")
 
 
 def test_names_take_s_from_the_length_or_from_the_number_behind_the_colon():

@@ -14,7 +14,9 @@ import torch
 from conftest import BOS, ROOT, WINDOW, complaint, random_factors, read_lines, save_tiny
 from test_eval_ppl import torchrun
 from test_search import history_of, on_grid, whole, without_seconds
+from torch.nn.attention import SDPBackend
 
+import longrope
 import search
 from eval_passkey import QUESTION
 from longrope import Rope, UserError, load_model, load_tokenizer, read_documents, su_factor, window_nll, windows
@@ -142,6 +144,7 @@ def test_three_kills_at_different_moments_and_resume(tiny, books, tmp_path, caps
     (["--len", 3 * WINDOW], "len"),
     (["--seed", 2], "seed"),
     (["--dtype", "bfloat16"], "dtype"),
+    (["kernel"], "attention"),
     (["--samples", 1], "data_sha256"),
     (["--data", "other.txt"], "data_sha256"),
     (["--model", "moved"], "model"),
@@ -165,6 +168,9 @@ def test_the_history_of_another_search_is_refused_and_stays_as_it_was(
     Rope.longrope(random_factors(0, 2), 10000.0, WINDOW, 2.0).save("rope.json")
     if "--fitness" in changes:  # a pass-key prompt takes more than LENGTH tokens of so small a vocabulary
         changes = [*changes, "--len", 512]
+    if changes == ["kernel"]:
+        monkeypatch.setattr(longrope, "KERNELS", [SDPBackend.MATH])
+        changes = []
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     said = complaint(search.main, capsys, *command(tiny, books, "out", *changes, "--resume"))
     named = said.partition("of a search with another ")[2].partition(";")[0].split(", ")
@@ -359,6 +365,14 @@ def test_the_filler_of_a_needle_window_is_its_document(documents):
     for source, w in zip(found, made):
         words = tokenizer.decode(w.tokens.tolist()).split("is the pass key.\n")[1].split("\nWhat is")[0][5:-5]
         assert words and words in tokenizer.decode(source.tokens.tolist())
+
+
+def test_without_data_the_filler_is_that_of_the_pass_key_protocol(documents):
+    found, made, tokenizer = documents
+    for w, other in zip(needle_windows(found, tokenizer, 0, of_documents=False), made):
+        text = tokenizer.decode(w.tokens.tolist())
+        assert len(w.tokens) == NEEDLE_LENGTH and text.count(" The sky is blue. The sun is yellow. Here we go.") > 3
+        assert w.tokens[w.first:].tolist() == other.tokens[other.first:].tolist() and w.document != other.document
 
 
 def test_a_needle_window_has_one_beginning_of_text(documents):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval_ppl import ROPES, SCALES, earlier, resolve_ropes, rope_columns
+from eval_ppl import ROPES, SCALES, earlier, resolve_ropes, rope_columns, unchanged
 from longrope import (
     UserError,
     add_arguments,
@@ -63,8 +63,12 @@ def make_prompt(tokenizer, length, depth, key, filler=None):
     if room < 0:
         raise UserError(f"a pass-key prompt takes at least {length - room} tokens, not {length}: raise --len")
     before = round(depth * room)
-    sentences = encode(FILLER) * room
-    front, back = (filler[:before], filler[before:room]) if filler else (sentences[:before], sentences[:room - before])
+    if filler:
+        front, back = filler[:before], filler[before:room]
+    else:
+        sentences = encode(FILLER)
+        sentences *= room // len(sentences) + 1
+        front, back = sentences[:before], sentences[:room - before]
     tokens = task + front + newline + needle + back + newline + answer
     return tokens, len(answer) - len(question)
 
@@ -173,13 +177,12 @@ def main(argv=None):
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
     for t in trials[:args.depths * args.trials]:
         make_prompt(tokenizer, t["length"], t["depth"], t["key"])  # --len too short for its parts shows now
+    model.check_length(lengths[-1] + (ANSWER_TOKENS if args.generate else 0))
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
     setup = describe(model, args) | {"scoring": scoring, "depths": args.depths, "seed": args.seed}
     todo = {(name, length): [rope_columns(name, length, rope) | t for t in trials if t["length"] == length]
             for (name, length), rope in ropes.items()}
-    now = {key: mine[0]["rope_sha256"] for key, mine in todo.items()}
-    done = [t for t in earlier(out / "passkey.json", setup, "trials")  # without those of a rope.json that has changed
-            if now.get((t["rope"], t["length"]), t["rope_sha256"]) == t["rope_sha256"]]
+    done = unchanged(earlier(out / "passkey.json", setup, "trials"), ropes)
     todo = {key: [t for t in mine if not any(t.items() <= d.items() for d in done)] for key, mine in todo.items()}
 
     def save():

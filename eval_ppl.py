@@ -116,6 +116,16 @@ def rope_columns(name, length, rope):
     return {"rope": name, "length": length, "scale": rope.scale, "rope_sha256": sha256}
 
 
+def unchanged(rows, ropes):
+    """Those of earlier rows that stand: without the rows, at any length, of a rope.json that has changed since."""
+    now = {}
+    for (name, length), rope in ropes.items():
+        now.setdefault(name, set()).add(rope_columns(name, length, rope)["rope_sha256"])
+    named = ("none", "pi", "ntk", "yarn")  # whose factors depend on the length, and on nothing else
+    return [r for r in rows if r["rope_sha256"] in now.get(r["rope"], {r["rope_sha256"]}) or
+            r["rope"].partition(":")[0] in named]
+
+
 def earlier(path, setup, key):
     """The list `key` of what an earlier run wrote to `path` if its setup agrees, else none and the file moved aside."""
     def read(_):
@@ -198,7 +208,7 @@ def main(argv=None):
 
     setup = describe(model, args) | {"data": [d.document for d in documents], "data_sha256": data_hash(documents),
                                      "document_tokens": total, "stride": args.stride, "bos": args.bos}
-    rows = earlier(out / "ppl.json", setup, "rows")
+    rows = unchanged(earlier(out / "ppl.json", setup, "rows"), ropes)
     same = {key: next((r for r in rows if rope_columns(*key, rope).items() <= r.items()), None)
             for key, rope in ropes.items()}  # measured already
 

@@ -10,6 +10,7 @@
 Dimensions: B batch, T tokens, H query heads, K key/value heads, D head_dim, C model width, V vocabulary.
 Rotary pair i = 0 .. D/2-1 joins the coordinates i and i + D/2 of a head ("split-half", as Hugging Face weights are).
 """
+import argparse
 import gzip
 import hashlib
 import json
@@ -49,6 +50,11 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rope: the subject. Everything LongRoPE changes in a model is the table of cosines and sines made here.
+
+
+# Hugging Face's `rope_parameters` of longrope, which come first in rope.json
+HF_KEYS = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "long_factor", "short_factor",
+           "attention_factor")
 
 
 def su_factor(scale, window):
@@ -166,7 +172,7 @@ class Rope:
         return (angles.cos() * rope.attention_factor).float(), (angles.sin() * rope.attention_factor).float()
 
     def to_dict(self):
-        """The keys of Hugging Face's `rope_parameters` for longrope, then those the format has no place for."""
+        """HF_KEYS, then those that Hugging Face's format has no place for."""
         short = self.short or self
         return {
             "rope_type": "longrope", "rope_theta": self.rope_theta, "factor": self.scale,
@@ -508,7 +514,11 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     Raises UserError.
     """
     path = model_directory(path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # of a PyTorch without CUDA
+        raise UserError(f"device {device}: {str(e).splitlines()[0]}") from None
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = LlamaConfig.from_dict(read_json(path / "config.json"), str(path / "config.json"))
@@ -628,7 +638,7 @@ def save_config(model, path, dtype=None):
         config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": str(dtype).removeprefix("torch.")}
     plain = set(rope.rescale_factors) == {1.0} and rope.attention_factor == 1.0 and not rope.short
     if rope != model.config.rope:  # or else config.json says it already
-        parameters, window = {k: d[k] for k in list(d)[:7]}, rope.original_max_position_embeddings
+        parameters, window = {k: d[k] for k in HF_KEYS}, rope.original_max_position_embeddings
         said = Rope.from_dict(parameters).to_dict()
         if (lost := [f"{k} {v:.4g} (there {said[k]:.4g})" for k, v in d.items() if v != said[k]]) and rank() == 0:
             print(f"{path}: rope.json has what config.json cannot say: {', '.join(lost)}", file=sys.stderr)
@@ -747,7 +757,7 @@ def standard_library(min_characters):
     names = sorted(texts, key=lambda name: (-len(texts[name]), name))
     while names:
         joined, text = [], ""
-        while names and len(text) < min_characters:
+        while names and (not joined or len(text) < min_characters):
             joined.append(names.pop(0))
             text += texts[joined[-1]]
         yield "stdlib:" + "+".join(joined[:2]) + ("+..." if len(joined) > 2 else ""), text
@@ -838,7 +848,14 @@ def add_arguments(parser, data=True):
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                         help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of everything random (default: 0)")
+
+
+def natural(text):
+    """argparse's type of a seed."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0, 1, 2, ...")
+    return int(text)
 
 
 def versions():
@@ -925,7 +942,7 @@ def run(main, remedy="lower --len"):
     """main() with mistakes of the user's, and running out of memory, told in one line and exit code 2."""
     try:
         main()
-    except UserError as e:
+    except (UserError, OSError) as e:  # a file where a directory should be, a full disk
         sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
     except RuntimeError as e:  # torch.OutOfMemoryError is one, but a CPU's is a plain RuntimeError
         if not (needed := re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from eval_passkey import make_prompt
@@ -157,7 +158,7 @@ def search(args, rng, starts, space, evaluate):
         mutants = unseen(lambda: mutate(rng, parents[rng.integers(len(parents))], args.mutation_prob, space),
                          args.num_mutations, nlls)
         children = unseen(lambda: crossover(rng, *(parents[i] for i in rng.choice(len(parents), 2, replace=False))),
-                          args.num_crossovers, {*nlls, *mutants})
+                          args.num_crossovers if len(parents) > 1 else 0, {*nlls, *mutants})
         population = mutants + children  # the parents stay, with the perplexity they have
 
 
@@ -196,8 +197,8 @@ class Evaluator:
         while waiting or active:
             while waiting and len(active) < world_size():
                 individual = waiting.pop(0)
-                if (key := genes(individual)) in self.known:  # measured before --resume
-                    nlls[individual] = self.finish(individual, *self.known[key])
+                if (key := genes(individual)) in self.known:  # measured before --resume, and rope.json written
+                    nlls[individual] = self.finish(individual, *self.known[key], save=False)
                 else:
                     active.append((individual, [], time.perf_counter()))
             values = spread(self.measure, [(individual, len(nll)) for individual, nll, _ in active])
@@ -228,12 +229,13 @@ class Evaluator:
                 "nll": nll, "ppl": ppl, "seconds": round(seconds, 3)}) + "\n")
             self.history.flush()
 
-    def finish(self, individual, nll, whole):
+    def finish(self, individual, nll, whole, save=True):
         """Count an individual that is measured, or dropped. Returns its NLLs, or None."""
         self.count, self.documents = self.count + 1, self.documents + len(nll)
         if whole and (ppl := perplexity_of(nll, self.found)) < self.best:
             self.best = ppl
-            self.save(individual)
+            if save:
+                self.save(individual)
         self.bar.set_postfix_str(f"best perplexity {self.best:.3f}")
         self.bar.update()
         return nll if whole else None
@@ -251,7 +253,7 @@ def genes(individual):
 
 
 def open_history(path, setup, resume):
-    """({genes: (NLLs, on all documents?)} measured before, the open file). A line cut in the middle is dropped.
+    """({genes: (NLLs, on all documents?)} measured before, the open file). What follows a damaged line is left out.
 
     Raises UserError if the file is another search's. Only the first process writes.
     """
@@ -300,6 +302,8 @@ def start_of(args, model, init):
     base = init or trained
     window = round(base.scale * model.window)  # the window to start from
     scale = args.len / window
+    if args.short and args.len >= window:
+        raise UserError(f"--short --len {args.len}: the long set would never be used, it is for {window} tokens")
     if args.short:
         scale = max(min(base.scale, 5.0), *trained.rescale_factors)  # Llama 3.1's own factors reach 8
     elif scale <= 1:
@@ -359,16 +363,14 @@ def attention_factors(args, scale, window):
     return fixed, (fixed, fixed)
 
 
-def needle_windows(found, tokenizer, seed, of_documents=True):
-    """Needle fitness (LongRoPE2, arXiv 2502.20082): each document becomes filler around a pass key near its start, the
-    question stands at its end, and only the answer's tokens are scored. Or the filler is the pass-key protocol's."""
+def needle_windows(fillers, tokenizer, length, seed):
+    """Needle fitness (LongRoPE2, arXiv 2502.20082): a pass key near the start of a long text, the question at its end,
+    and only the answer's tokens are scored. fillers: (name, tokens, or None for the pass-key protocol's own)."""
     rng, made = np.random.default_rng(seed), []
-    for w in found:
-        filler = w.tokens.tolist()[len(tokenizer.encode("").ids):] if of_documents else None  # without its own BOS
-        tokens, count = make_prompt(tokenizer, len(w.tokens), float(rng.uniform(0, 0.1)),
-                                    str(rng.integers(10_000, 100_000)), filler)
-        name = w.document if of_documents else f"pass key {len(made)}"
-        made.append(Window(name, w.tokens.new_tensor(tokens), len(tokens) - count))
+    for name, filler in fillers:
+        depth, key = float(rng.uniform(0, 0.1)), str(rng.integers(10_000, 100_000))
+        tokens, count = make_prompt(tokenizer, length, depth, key, filler)
+        made.append(Window(name, torch.tensor(tokens), len(tokens) - count))
     return made
 
 
@@ -433,7 +435,7 @@ def plot(ropes, length, history, path):
         if line["origin"] in colors:
             right.axhline(line["ppl"], lw=1, ls="--", color=colors[line["origin"]],
                           label=f"{line['origin']}, the same attention factor")
-    spread_of_good = max(np.nanmedian(ppl) - best[-1], 0.01 * best[-1])
+    spread_of_good = max(np.median(ppl[np.isfinite(ppl)]) - best[-1], 0.01 * best[-1])
     right.set(xlabel="individuals evaluated", ylabel="perplexity on the search's documents", title="search",
               ylim=(best[-1] - 0.5 * spread_of_good, best[-1] + 5 * spread_of_good))
     right.legend(loc="upper right")
@@ -456,7 +458,8 @@ def say_cost(args, model, searched):
         f"search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) at most about "
         f"{whole / seconds:.1f} {unit}")
     if on_cpu and total * a_candidate > 1800:
-        say(f"that is long for a CPU: try --len {8 * model.window} or a smaller --max-evals")
+        shorter = f"--len {8 * model.window} or " if args.len > 8 * model.window else ""
+        say(f"that is long for a CPU: try {shorter}a smaller --max-evals")
 
 
 def parser():
@@ -495,7 +498,8 @@ def check_export(args, model, space, init):
     """Before the search: nothing is overwritten, and its result is not one that config.json cannot say."""
     if args.export.resolve() == model.path.resolve():
         raise UserError(f"--export {args.export} is the model's own directory")
-    n_hats = {*space.n_hats, *(rope.n_hat for rope in (init, init and init.short) if rope)}
+    kept = init if args.short else init and init.short  # of the two sets of --init the one that is not searched
+    n_hats = {*space.n_hats, kept.n_hat if kept else 0}
     if any(n_hats) and not args.allow_n_hat:
         raise UserError("--export: config.json cannot say n_hat above 0: search without it (--n-hat 0), or give "
                         "--allow-n-hat" + (" (that of --init is above 0)" if not any(space.n_hats) else ""))
@@ -517,11 +521,14 @@ def export(model, path):
 def fill_in(args, model):
     """Defaults that depend on the model and the machine, and checks."""
     args.len = args.len or (model.window if args.short else 8 * model.window)
-    args.out = args.out or Path(f"out/search-{args.len}{'-short' if args.short else ''}")
+    if args.len < 2:
+        raise UserError(f"--len {args.len}: nothing to predict")
+    what = ("-short" if args.short else "") + ("-needle" if args.fitness == "needle" else "")
+    args.out = args.out or Path(f"out/search-{args.len}{what}")
     paper = PAPER_ABOVE_512K if args.len > 512 * 1024 else PAPER
     for key, value in (ON_CPU if model.unembedding.device.type == "cpu" else paper).items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-        least = {"population_size": 2, "num_parents": 2, "samples": 1}.get(key, 0)  # a crossover needs two parents
+        least = {"population_size": 3, "num_parents": 2, "samples": 1}.get(key, 0)  # PI, NTK, YaRN; two to cross
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} must be at least {least}")
     total = args.population_size + args.iterations * (args.num_mutations + args.num_crossovers)
@@ -545,9 +552,13 @@ def main(argv=None):
     starts, space, make_rope, others = start_of(args, model, init)
     if args.export:
         check_export(args, model, space, init)
-    found = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples)
+    if args.fitness == "needle" and not args.data:
+        fillers = [(f"pass key {i}", None) for i in range(2 * args.samples)]
+    else:
+        found = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples)
+        fillers = [(w.document, w.tokens.tolist()[len(tokenizer.encode("").ids):]) for w in found]  # without BOS
     if args.fitness == "needle":
-        found = needle_windows(found, tokenizer, args.seed, of_documents=bool(args.data))
+        found = needle_windows(fillers, tokenizer, args.len, args.seed)
     searched, held_out = found[:args.samples], found[args.samples:]
     say_cost(args, model, searched)
     if len(searched) < args.samples:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 from eval_passkey import make_prompt
-from longrope import Llama, LlamaConfig, read_documents, save_model, write_json
+from longrope import Llama, LlamaConfig, read_documents, run, save_model, write_json
 
 WINDOW = 1024
 ANNEAL = 150  # steps at the end, of 16 segments, a third of them pass keys
@@ -168,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,6 +165,17 @@ def test_rows_measured_otherwise_are_not_taken_over(tmp_path, tiny, tiny_rope, b
     assert [r["documents"] for r in third["rows"]] == [2]
     assert "another data, data_sha256: starting afresh" in capsys.readouterr().out
     assert json.loads((tmp_path / "ppl.old.json").read_text()) == second
+
+
+def test_rows_of_a_rope_json_that_has_changed_go_at_every_length(tmp_path, tiny, tiny_rope, books):
+    common = ["--model", tiny, "--rope", "pi", tmp_path / "rope.json", "--samples", 1, "--data", books, "--len", 256]
+    tiny_rope.save(tmp_path / "rope.json")
+    assert len(ppl(tmp_path / "out", *common, 128)["rows"]) == 4
+    assert len(ppl(tmp_path / "out", *common)["rows"]) == 4  # rows that stand, though they are not asked for
+    replace(tiny_rope, n_hat=7).save(tmp_path / "rope.json")
+    rows = ppl(tmp_path / "out", *common)["rows"]
+    assert sorted((r["length"], r["rope"]) for r in rows) == sorted(
+        [(128, "pi"), (256, "pi"), (256, str(tmp_path / "rope.json"))])
 
 
 def test_a_bos_comes_first_if_the_tokenizer_adds_one_or_it_is_asked_for_never_twice(tmp_path, tiny, books):

@@ -292,9 +292,12 @@ def test_an_export_refuses_n_hat_before_the_search_unless_allowed(tmp_path, phi3
     assert "--allow-n-hat" in complaint(search.main, capsys, *common, "--n-hat", 8)
     Rope.longrope((1.5,) * (HEAD_DIM // 2), THETA, WINDOW, 2.0, n_hat=4).save(tmp_path / "rope.json")
     init = ("--init", tmp_path / "rope.json")
-    assert "--init is above 0" in complaint(search.main, capsys, *common, "--n-hat", 0, *init)
+    short = ("--short", "--len", WINDOW)  # the long set stays as it is
+    assert "--init is above 0" in complaint(search.main, capsys, *common, "--n-hat", 0, *init, *short)
     assert "own directory" in complaint(search.main, capsys, *common[:-1], phi3, "--n-hat", 0)
     assert not (tmp_path / "s").exists() and not (tmp_path / "e").exists()
+    run_search(phi3, books, tmp_path / "second", "--n-hat", 0, *init, "--export", tmp_path / "second" / "e")
+    assert Rope.load(tmp_path / "second" / "e" / "rope.json").n_hat == 0
     run_search(phi3, books, tmp_path / "s", "--n-hat", 8, "--allow-n-hat", "--export", tmp_path / "e")
     assert "long_n_hat" in capsys.readouterr().err or Rope.load(tmp_path / "e" / "rope.json").n_hat == 0
     assert read_lines(tmp_path / "s" / "history.jsonl")[1:]

@@ -1,6 +1,7 @@
 """The Llama against transformers', checkpoints, windows, and the measure of all scripts."""
 import json
 import re
+from itertools import islice
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from longrope import (
     load_tokenizer,
     read_documents,
     save_model,
+    standard_library,
     token_nll,
     window_nll,
     windows,
@@ -128,6 +130,11 @@ def test_the_bundled_model_has_the_logits_of_transformers_with_our_table_put_in(
     assert_same_logits(hf_logits(hf, tokens), logits)
     nll = window_nll(model, tokens[0])
     assert nll.mean() < 4  # a trained model: a uniform guess costs ln 4096 = 8.3
+
+
+def test_the_committed_factors_are_for_the_bundled_model(bundled):
+    model = load_model(bundled.path, bundled.path.parent / "rope.json", device="cpu")
+    assert model.rope.scale == 8 and model.rope.n_hat == 0  # so that config.json can say them
 
 
 def test_attention_is_causal_softmax_with_every_key_head_shared_by_a_group_of_query_heads():
@@ -271,6 +278,12 @@ def test_weights_that_do_not_fit_are_the_users_mistake(tiny, tmp_path):
         load_model(path, device="cpu")
 
 
+def test_a_device_that_is_not_there_is_the_users_mistake(tiny):
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(UserError, match=f"device {device}"):
+            load_model(tiny, device=device)
+
+
 def test_a_path_that_is_not_there_is_the_users_mistake(tmp_path):
     for path in (tmp_path / "nowhere", "./nowhere", "nowhere", tmp_path):
         with pytest.raises(UserError, match=r"nowhere: no such directory|config\.json: .*No such file"):
@@ -357,6 +370,10 @@ def test_default_documents_are_the_standard_library_largest_first_each_long_enou
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measure
+
+
+def test_default_documents_are_one_for_each_package_if_any_length_will_do():
+    assert [name for name, _ in islice(read_documents([]), 3)] == [name for name, _ in islice(standard_library(1), 3)]
 
 
 def test_token_nll_in_chunks_equals_the_unchunked_and_so_do_its_gradients():

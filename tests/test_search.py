@@ -19,6 +19,7 @@ from longrope import (
     load_model,
     load_tokenizer,
     read_documents,
+    run,
     save_model,
     su_factor,
     window_nll,
@@ -588,7 +589,7 @@ def test_two_generations_of_the_cpus_default_have_crossover():
     (["--len", "100000"], "no document of 100000 tokens"),
     (["--len", str(WINDOW)], f"nothing to extend, the window is {WINDOW} already"),
     (["--len", "10"], f"nothing to extend, the window is {WINDOW} already"),
-    (["--population-size", "0"], "--population-size must be at least 2"),
+    (["--population-size", "2"], "--population-size must be at least 3"),
     (["--num-parents", "1"], "--num-parents must be at least 2"),
     (["--samples", "0"], "--samples must be at least 1"),
     (["--iterations", "-1"], "--iterations must be at least 0"),
@@ -605,6 +606,21 @@ def test_two_generations_of_the_cpus_default_have_crossover():
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, books, tmp_path, capsys, changes, said):
     assert said in complaint(search.main, capsys, *command(tiny, books, tmp_path / "out"), *changes)
     assert not (tmp_path / "out").exists()  # found before any work
+
+
+def test_a_seed_is_a_natural_number(capsys):
+    for text in ("-1", "x", "1.5"):
+        with pytest.raises(SystemExit) as end:
+            search.main(["--seed", text])
+        assert end.value.code == 2 and "is not 0, 1, 2" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_one_line_and_exit_code_2(tiny, books, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit) as end:
+        run(lambda: search.main(command(tiny, books, tmp_path / "out")))
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(said) == 1 and "out" in said[0]
 
 
 def test_an_init_of_another_head_dim_is_one_line_and_exit_code_2(tiny, books, tmp_path, capsys):

@@ -244,6 +244,12 @@ def test_what_a_second_stage_measures_is_the_product(init, tiny, books, capsys):
     capsys.readouterr()
 
 
+def test_a_short_set_is_for_less_than_the_long_one(init, tiny, books, tmp_path, capsys):
+    for length, said in ((4 * WINDOW, "the long set would never be used"), (1, "nothing to predict")):
+        assert said in complaint(search.main, capsys, *command(
+            tiny, books, tmp_path / "out", "--init", init, "--short", "--len", length))
+
+
 def test_a_second_stage_has_to_go_beyond_the_first(init, tiny, books, tmp_path, capsys):
     said = complaint(search.main, capsys, *command(tiny, books, tmp_path / "out", "--init", init))
     assert "nothing to extend, the window is 256 already" in said and not (tmp_path / "out").exists()
@@ -290,7 +296,7 @@ def test_the_bounds_of_lambda(tiny_model):
     """1 to 1.25 s; of the short set 1 to 1.25 times the lesser of s and 5."""
     for changes, length, scale, largest in (((), 512, 1, 10.0), ((), 160, 1, 3.125), ((), 512, 4, 2.5),
                                             (["--short"], 64, 4, 5.0), (["--short"], 64, 8, 6.25),
-                                            (["--short"], 64, 5, 6.25), (["--short"], 200, 2, 2.5)):
+                                            (["--short"], 64, 5, 6.25), (["--short"], 100, 2, 2.5)):
         starts, space = start_of(tiny_model, length, float(scale), *changes)
         assert abs(space.largest - largest) <= 0.0051 and space.n_hats == N_HAT
         for start in starts:
@@ -333,12 +339,16 @@ def test_n_hat_is_fixed_by_the_command_line(init, tiny, books, tmp_path, capsys,
 NEEDLE_LENGTH = 512
 
 
+def fillers(found):
+    return [(w.document, w.tokens.tolist()[1:]) for w in found]
+
+
 @pytest.fixture(scope="module")
 def documents(tiny, books):
     """(windows of text, what becomes of them, the tokenizer)."""
     tokenizer = load_tokenizer(tiny)
     found = windows(read_documents([books]), tokenizer, NEEDLE_LENGTH, 4)
-    return found, needle_windows(found, tokenizer, seed=0), tokenizer
+    return found, needle_windows(fillers(found), tokenizer, NEEDLE_LENGTH, seed=0), tokenizer
 
 
 def test_a_needle_window_has_its_key_near_the_start_and_its_question_at_the_end_and_scores_the_answer(documents):
@@ -369,7 +379,7 @@ def test_the_filler_of_a_needle_window_is_its_document(documents):
 
 def test_without_data_the_filler_is_that_of_the_pass_key_protocol(documents):
     found, made, tokenizer = documents
-    for w, other in zip(needle_windows(found, tokenizer, 0, of_documents=False), made):
+    for w, other in zip(needle_windows([("none", None)] * len(found), tokenizer, NEEDLE_LENGTH, 0), made):
         text = tokenizer.decode(w.tokens.tolist())
         assert len(w.tokens) == NEEDLE_LENGTH and text.count(" The sky is blue. The sun is yellow. Here we go.") > 3
         assert w.tokens[w.first:].tolist() == other.tokens[other.first:].tolist() and w.document != other.document
@@ -382,7 +392,7 @@ def test_a_needle_window_has_one_beginning_of_text(documents):
 
 def test_needle_windows_come_from_the_seed(documents):
     found, made, tokenizer = documents
-    again, other = (needle_windows(found, tokenizer, seed) for seed in (0, 1))
+    again, other = (needle_windows(fillers(found), tokenizer, NEEDLE_LENGTH, seed) for seed in (0, 1))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(made, again))
     assert not any(torch.equal(a.tokens, b.tokens) for a, b in zip(made, other))
 
@@ -392,9 +402,8 @@ def test_a_needle_window_is_never_cut_off(documents):
     found, _, tokenizer = documents
     least = None
     for length in range(100, 320):
-        short = [search.Window(w.document, w.tokens[:length]) for w in found[:1]]
         try:
-            (w,) = needle_windows(short, tokenizer, 0)
+            (w,) = needle_windows(fillers(found)[:1], tokenizer, length, 0)
         except UserError as e:
             assert least is None and "raise --len" in str(e)
             continue
@@ -418,3 +427,13 @@ def test_needle_fitness_is_the_perplexity_of_the_answers_alone(tiny, books, tmp_
     nll = torch.cat([window_nll(model, w.tokens, w.first) for w in made])
     assert len(nll) == scored and math.exp(nll.mean()) == pytest.approx(record["perplexity"], rel=1e-9)
     assert "perplexity of the answer at 512 tokens" in capsys.readouterr().out
+
+
+def test_without_data_a_needle_search_needs_no_documents(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "read_documents", None)
+    monkeypatch.chdir(tmp_path)
+    search.main(["--model", str(tiny), "--fitness", "needle", "--len", str(NEEDLE_LENGTH), "--population-size", "3",
+                 "--iterations", "0", "--device", "cpu"])
+    record = json.loads((tmp_path / f"out/search-{NEEDLE_LENGTH}-needle/rope.json").read_text())["search"]
+    assert record["data"] == ["pass key 0", "pass key 1"] and len(record["comparison"]["unseen"]) == 2
+    capsys.readouterr()

@@ -177,7 +177,8 @@ def main(argv=None):
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
     for t in trials[:args.depths * args.trials]:
         make_prompt(tokenizer, t["length"], t["depth"], t["key"])  # --len too short for its parts shows now
-    model.check_length(lengths[-1] + (ANSWER_TOKENS if args.generate else 0))
+    if args.generate:
+        model.check_length(lengths[-1] + ANSWER_TOKENS)
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
     setup = describe(model, args) | {"scoring": scoring, "depths": args.depths, "seed": args.seed}
     todo = {(name, length): [rope_columns(name, length, rope) | t for t in trials if t["length"] == length]

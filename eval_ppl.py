@@ -17,10 +17,12 @@ import torch
 from tqdm import tqdm
 
 from longrope import (
+    NAMED,
     UserError,
     add_arguments,
     data_hash,
     describe,
+    is_named,
     join_processes,
     load_model,
     load_tokenizer,
@@ -107,7 +109,7 @@ def resolve_ropes(names, lengths, model):
     """{(name, length): Rope}, all at once: a mistake in any shows before the first is measured."""
     own = ["model"] if (model.path / "rope.json").exists() else []
     return {(name, length): resolve_rope(None if name == "model" else name, model, length)
-            for length in lengths for name in dict.fromkeys(names or ["none", "pi", "ntk", "yarn", *own])}
+            for length in lengths for name in dict.fromkeys(names or [*NAMED, *own])}
 
 
 def rope_columns(name, length, rope):
@@ -121,9 +123,7 @@ def unchanged(rows, ropes):
     now = {}
     for (name, length), rope in ropes.items():
         now.setdefault(name, set()).add(rope_columns(name, length, rope)["rope_sha256"])
-    named = ("none", "pi", "ntk", "yarn")  # whose factors depend on the length, and on nothing else
-    return [r for r in rows if r["rope_sha256"] in now.get(r["rope"], {r["rope_sha256"]}) or
-            r["rope"].partition(":")[0] in named]
+    return [r for r in rows if is_named(r["rope"]) or r["rope_sha256"] in now.get(r["rope"], {r["rope_sha256"]})]
 
 
 def earlier(path, setup, key):

@@ -55,11 +55,22 @@ class UserError(Exception):
 # Hugging Face's `rope_parameters` of longrope, which come first in rope.json
 HF_KEYS = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "long_factor", "short_factor",
            "attention_factor")
+NAMED = ("none", "pi", "ntk", "yarn")  # ropes that are formulas of the length
 
 
 def su_factor(scale, window):
     """sqrt(1 + ln s / ln L0), the attention factor of all released LongRoPE code and of Hugging Face's `longrope`."""
     return math.sqrt(1 + math.log(scale) / math.log(window)) if scale > 1 else 1.0
+
+
+def yarn_factor(scale):
+    """0.1 ln s + 1, YaRN's attention factor."""
+    return 0.1 * math.log(scale) + 1 if scale > 1 else 1.0
+
+
+def is_named(rope):
+    """Is it one of NAMED, perhaps with an s of its own behind a colon?"""
+    return isinstance(rope, str) and rope.partition(":")[0] in NAMED
 
 
 @dataclass(frozen=True)
@@ -107,8 +118,7 @@ class Rope:
         high = min(math.ceil(pair_turning(beta_slow)), head_dim - 1)
         ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)  # 0 keep ... 1 interpolate
         factors = 1 / ((1 - ramp) + ramp / scale)
-        attention_factor = 0.1 * math.log(scale) + 1 if scale > 1 else 1.0
-        return cls(tuple(factors.tolist()), rope_theta, window, scale, attention_factor=attention_factor)
+        return cls(tuple(factors.tolist()), rope_theta, window, scale, attention_factor=yarn_factor(scale))
 
     @classmethod
     def llama3(cls, head_dim, rope_theta, window, factor, low_freq_factor, high_freq_factor, before):
@@ -595,8 +605,8 @@ def resolve_rope(rope, model, length=None):
         rope = model.path / "rope.json" if (model.path / "rope.json").exists() else "config"
     if rope == "config":
         return model.config.rope
-    if isinstance(rope, str) and rope.partition(":")[0] in ("none", "pi", "ntk", "yarn"):
-        if length is None and rope in ("pi", "ntk", "yarn"):
+    if is_named(rope):
+        if length is None and rope in NAMED[1:]:
             raise UserError(f"rope {rope}: for how many tokens? Give length, or s as in {rope}:8")
         return Rope.named(rope, model.config, length or model.window)
     if not isinstance(rope, Rope):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from eval_passkey import make_prompt
 from longrope import (
+    NAMED,
     Rope,
     UserError,
     Window,
@@ -48,10 +49,11 @@ from longrope import (
     window_nll,
     windows,
     world_size,
+    yarn_factor,
 )
 
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # table 4 of the paper
-BASELINES = ("pi", "ntk", "yarn")
+BASELINES = NAMED[1:]
 PAPER = {"samples": 5, "population_size": 64, "num_mutations": 16, "num_crossovers": 16, "num_parents": 32,
          "iterations": 40}
 PAPER_ABOVE_512K = PAPER | {"samples": 3, "population_size": 32, "num_mutations": 8, "num_crossovers": 8}
@@ -317,13 +319,15 @@ def start_of(args, model, init):
 
     n_hat = args.n_hat if args.n_hat is not None else base.n_hat
 
+    largest = round(1.25 * scale, 2)
+
     def start(name, rope):  # put into the space, whatever it was
-        factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, round(1.25 * scale, 2)))
+        factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, largest))
         return Individual(tuple(np.round(factors, 2).tolist()), n_hat, attention, name)
     starts = [start(name, rope) for name, rope in named.items()]
-    yarn_factor = 0.1 * math.log(total_scale) + 1
-    others = {"none": base} | {name: replace(extended(rope), attention_factor=yarn_factor if name == "yarn" else
-                                             base.attention_factor) for name, rope in named.items()}
+    others = {"none": base} | {
+        name: replace(extended(rope), attention_factor=yarn_factor(total_scale) if name == "yarn" else
+                      base.attention_factor) for name, rope in named.items()}
 
     def make_rope(individual):
         if args.short:
@@ -338,7 +342,7 @@ def start_of(args, model, init):
         others = {"none": trained, "long": replace(base, short=None)}
     n_hats = N_HAT if args.n_hat is None else (args.n_hat,)
     starts = list(dict.fromkeys(starts))  # two can be the same, as long factors that are PI's
-    return starts, Space(round(1.25 * scale, 2), n_hats, attention_range), make_rope, others
+    return starts, Space(largest, n_hats, attention_range), make_rope, others
 
 
 def attention_factors(args, scale, window):
@@ -348,7 +352,7 @@ def attention_factors(args, scale, window):
         case "su":
             fixed = su
         case "yarn":
-            fixed = 0.1 * math.log(scale) + 1
+            fixed = yarn_factor(scale)
         case "none":
             fixed = 1.0
         case "search":
@@ -361,6 +365,18 @@ def attention_factors(args, scale, window):
             if not 0 < fixed < math.inf:
                 raise UserError(f"--attention-factor {number}: give su, yarn, none, search or a number above 0")
     return fixed, (fixed, fixed)
+
+
+def windows_of(args, tokenizer):
+    """Twice as many as are searched on, if there are: the others are to compare on."""
+    count = 2 * args.samples
+    if args.fitness == "needle" and not args.data:
+        return needle_windows([(f"pass key {i}", None) for i in range(count)], tokenizer, args.len, args.seed)
+    found = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, count)
+    if args.fitness == "ppl":
+        return found
+    bos = len(tokenizer.encode("").ids)  # the prompt brings its own
+    return needle_windows([(w.document, w.tokens[bos:].tolist()) for w in found], tokenizer, args.len, args.seed)
 
 
 def needle_windows(fillers, tokenizer, length, seed):
@@ -552,13 +568,7 @@ def main(argv=None):
     starts, space, make_rope, others = start_of(args, model, init)
     if args.export:
         check_export(args, model, space, init)
-    if args.fitness == "needle" and not args.data:
-        fillers = [(f"pass key {i}", None) for i in range(2 * args.samples)]
-    else:
-        found = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples)
-        fillers = [(w.document, w.tokens.tolist()[len(tokenizer.encode("").ids):]) for w in found]  # without BOS
-    if args.fitness == "needle":
-        found = needle_windows(fillers, tokenizer, args.len, args.seed)
+    found = windows_of(args, tokenizer)
     searched, held_out = found[:args.samples], found[args.samples:]
     say_cost(args, model, searched)
     if len(searched) < args.samples:

@@ -10,6 +10,7 @@ An individual is one lambda for each rotary pair and one n_hat. In --out: rope.j
 history.jsonl, a line for each individual evaluated, from which --resume goes on; search.png.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -107,6 +108,18 @@ def mutate(rng, parent, prob, space):
     return Individual(tuple(factors[1:-1]), n_hat, attention_factor, "mutation")
 
 
+def shift(rng, parent, space):
+    """lambda_a .. lambda_(b-1) times one number, log-uniform within what their two neighbours allow.
+
+    Good factors are smooth in i, and `mutate`, pair by pair, hardly moves one whose neighbours are close.
+    """
+    factors = np.array([1.0, *parent.factors, space.largest])
+    a, b = sorted(rng.choice(np.arange(1, len(factors)), 2, replace=False))
+    low, high = factors[a - 1] / factors[a], factors[b] / factors[b - 1]
+    factors[a:b] *= low * (high / low) ** rng.random()
+    return replace(parent, factors=tuple(np.round(factors[1:-1], 2).tolist()), origin="mutation")
+
+
 def crossover(rng, a, b):
     """Every gene from one of two parents, by a coin for each gene.
 
@@ -157,20 +170,70 @@ def search(args, rng, starts, space, evaluate):
         parents = sorted(candidates, key=lambda i: math.fsum(nlls[i]))[:args.num_parents]
         if iteration == args.iterations or len(nlls) == args.max_evals:
             return parents[0]
-        mutants = unseen(lambda: mutate(rng, parents[rng.integers(len(parents))], args.mutation_prob, space),
-                         args.num_mutations, nlls)
+        mutants = unseen(lambda: mutant(args, rng, parents[rng.integers(len(parents))], space),
+                         args.screening * args.num_mutations, nlls)
         children = unseen(lambda: crossover(rng, *(parents[i] for i in rng.choice(len(parents), 2, replace=False))),
-                          args.num_crossovers if len(parents) > 1 else 0, {*nlls, *mutants})
+                          args.screening * args.num_crossovers if len(parents) > 1 else 0, {*nlls, *mutants})
         population = mutants + children  # the parents stay, with the perplexity they have
+        if args.screening > 1:
+            population = promising(population, nlls, args.num_mutations + args.num_crossovers)
+
+
+def mutant(args, rng, parent, space):
+    """The paper's mutation; with screening half of the time ours, of neighbouring pairs together."""
+    if args.screening > 1 and rng.integers(2):
+        return shift(rng, parent, space)
+    return mutate(rng, parent, args.mutation_prob, space)
+
+
+def promising(children, nlls, count):
+    """Screening: the `count` of `children` whose NLL a Gaussian process expects to be lowest.
+
+    It is fitted to the best 200 individuals measured so far: x = (log lambda, n_hat, attention factor), y = log(NLL -
+    0.99 of the lowest NLL), which spreads out the good ones; the kernel is exp(-|x - x'|^2 / 2 l^2) with noise on the
+    diagonal, l and noise of the highest likelihood. No randomness and one thread: all processes choose the same.
+    """
+    totals = {i: total for i, nll in nlls.items() if nll and (total := math.fsum(nll)) < math.inf}
+    best = sorted(totals, key=totals.get)[:200]
+    if not best:
+        return children[:count]
+
+    def features(individuals):  # (N, D/2 + 2), so scaled that a step in each matters alike
+        return torch.tensor([(*map(math.log, i.factors), math.log2(1 + i.n_hat) / 10, 10 * i.attention_factor)
+                             for i in individuals], dtype=torch.float64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    x, new = features(best), features(children)
+    total = torch.tensor([totals[i] for i in best], dtype=torch.float64)
+    y = (total - 0.99 * total[0] + 1e-9).log()
+    y = (y - y.mean()) / y.std(correction=0).clamp(min=1e-9)
+    fits = []
+    for length, noise in itertools.product((0.5, 1, 2, 4), (1e-4, 1e-2)):
+        kernel = (-torch.cdist(x, x) ** 2 / (2 * length**2)).exp()
+        root = torch.linalg.cholesky(kernel + noise * torch.eye(len(x), dtype=torch.float64))
+        weights = torch.cholesky_solve(y[:, None], root)[:, 0]  # K^-1 y
+        fits.append((0.5 * y @ weights + root.diagonal().log().sum(), length, weights))  # -log likelihood
+    _, length, weights = min(fits, key=lambda fit: fit[0])
+    expected = (-torch.cdist(new, x) ** 2 / (2 * length**2)).exp() @ weights
+    torch.set_num_threads(threads)
+    return [children[i] for i in expected.argsort(stable=True)[:count]]
 
 
 def hopeless(nll, parents, num_parents):
-    """Racing: is a candidate with `nll` on the first documents behind the worst parent on every one of them?
+    """Racing: would a candidate with `nll` on the first m of n documents have to be lucky to come before a parent?
 
-    The documents are the same ones, so their own difficulty cancels. Until there are k parents nobody is dropped.
+    What counts is how much worse it is than the parents' mean on the same documents, so their own difficulty cancels:
+    more than the worst parent is on all n, plus one standard error sigma sqrt(1/m - 1/n), where sigma is how much the
+    parents' own differences vary from document to document. Until there are k parents nobody is dropped.
     """
-    worst = max(parents, key=math.fsum, default=None)
-    return len(parents) == num_parents and all(mine > theirs for mine, theirs in zip(nll, worst))
+    if len(parents) < num_parents:
+        return False
+    m, parents = len(nll), np.array(parents)  # (k, n)
+    mean = parents.mean(axis=0)
+    differences = (parents - mean).mean(axis=1)  # (k,)
+    sigma = (parents - mean - differences[:, None]).std()
+    behind = np.mean(np.array(nll) - mean[:m]) - differences.max()
+    return bool(behind > sigma * math.sqrt(1 / m - 1 / parents.shape[1]))
 
 
 class Evaluator:
@@ -498,6 +561,9 @@ def parser():
                    "in the pass-key protocol's own sentences) (default: ppl)")
     p.add_argument("--init", type=Path, help="rope.json of a fine-tuned model: search a second stage on top of it")
     p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
+    p.add_argument("--screening", type=int, default=64, metavar="N",
+                   help="make N times as many mutants and children and evaluate those that a Gaussian process on all "
+                   "evaluated before finds most promising; 1 is the paper's search (default: 64)")
     p.add_argument("--no-racing", dest="racing", action="store_false",
                    help="evaluate every candidate on all documents, to the letter of the paper")
     p.add_argument("--max-evals", type=int, help="stop after so many candidates (default: no limit)")
@@ -551,6 +617,8 @@ def fill_in(args, model):
     args.max_evals = total if args.max_evals is None else min(args.max_evals, total)
     if args.max_evals < 1 or not 0 <= args.mutation_prob <= 1:
         raise UserError("--max-evals must be at least 1 and --mutation-prob between 0 and 1")
+    if args.screening < 1:
+        raise UserError("--screening must be at least 1")
     if args.n_hat is not None and args.n_hat < 0:
         raise UserError("--n-hat must be 0 or more")
     if args.short and not args.init:
@@ -574,8 +642,8 @@ def main(argv=None):
     if len(searched) < args.samples:
         say(f"only {len(searched)} documents are long enough, not {args.samples}: give more for factors to rely on")
 
-    same = ("len", "fitness", "seed", "population_size", "num_mutations", "num_crossovers", "num_parents",
-            "mutation_prob", "n_hat", "attention_factor", "short", "racing")  # what a resumed search must agree in
+    same = ("len", "fitness", "seed", "population_size", "num_mutations", "num_crossovers", "num_parents", "n_hat",
+            "mutation_prob", "attention_factor", "short", "racing", "screening")  # what a resumed search must agree in
     setup = describe(model, args) | {"data_sha256": data_hash(searched), "init": init and init.to_dict()}
     setup |= {key: getattr(args, key) for key in same}
     args.out.mkdir(parents=True, exist_ok=True)

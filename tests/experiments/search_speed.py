@@ -1,14 +1,14 @@
-"""How many document evaluations does a search need? Racing and other operators against Algorithm 1 as it is printed.
+"""How many document evaluations does a search need? Against Algorithm 1 as it is printed.
 
-    $ python tests/experiments/search_speed.py --out out/speed                      # one GPU, some minutes
-    $ python tests/experiments/search_speed.py --seeds 0 --methods racing few --out out/speed --iterations 5
+    $ python tests/experiments/search_speed.py --jobs 12 --out out/speed            # an H100, 8 minutes
+    $ python tests/experiments/search_speed.py --seeds 0 --methods racing --out out/one --max-evals 300
 
 Every method is one run of search.py for each seed, with the same bounds, documents, genes and first population (but the
 published operators make their own, and n_hat is no gene of theirs); flags that are not known here go to search.py.
-"algorithm 1" is --no-racing. A method has caught up when its best perplexity on the search's documents is at most the
-final one of algorithm 1 with the same seed: after how many evaluations of a document, as a share of all that algorithm
-1 makes, and of those after which it was there itself. Runs that are whole are not run again. In --out: a directory for
-each run, speed.json, speed.png.
+"algorithm 1" is --no-racing --screening 1. A method has caught up when its best perplexity on the search's documents is
+at most the final one of algorithm 1 with the same seed: after how many evaluations of a document, as a share of all
+that algorithm 1 makes, and of those after which it was there itself. Runs that are whole are not run again. In --out: a
+directory for each run, speed.json, speed.png.
 """
 import argparse
 import contextlib
@@ -27,8 +27,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import search  # noqa: E402
-
-paper_mutate = search.mutate
 
 
 def published_mutate(rng, parent, prob, space):
@@ -54,34 +52,15 @@ def published_crossover(rng, a, b):
     return published_mutate(rng, a, 0.3, search.Space(max(a.factors), (), ()))
 
 
-def few_genes(rng, parent, prob, space):
-    """The paper's mutation, but each mutant has a probability of its own: 0.3, 0.15, 0.075 or 0.0375 for every gene.
-    Mutants of PI, NTK and YaRN, so the first population too, are the paper's."""
-    halvings = 0 if parent.origin in search.BASELINES else int(rng.integers(4))
-    return paper_mutate(rng, parent, prob / 2**halvings, space)
-
-
-def together(rng, parent, prob, space):
-    """Half of the mutants: neighbouring pairs a .. b-1 are multiplied by one number, log-uniform between what their
-    neighbours allow, so the order holds. The others: `few_genes`."""
-    if parent.origin in search.BASELINES or rng.random() < 0.5:
-        return few_genes(rng, parent, prob, space)
-    factors = np.array([1.0, *parent.factors, space.largest])
-    a, b = sorted(rng.choice(np.arange(1, len(factors)), 2, replace=False))
-    low, high = max(math.log(factors[a - 1] / factors[a]), -0.3), min(math.log(factors[b] / factors[b - 1]), 0.3)
-    factors[a:b] *= math.exp(rng.uniform(low, high))
-    factors = np.clip(np.round(factors, 2), 1.0, space.largest)
-    factors = tuple(factors[1:-1].tolist())
-    n_hat = int(rng.choice(space.n_hats)) if rng.random() < 0.1 else parent.n_hat
-    return search.Individual(factors, n_hat, parent.attention_factor, "mutation")
-
-
+PRINTED = ["--no-racing", "--screening", "1"]  # as in the paper
 METHODS = {  # name: (flags of search.py, what stands in for its functions)
-    "algorithm 1": (["--no-racing"], {}),
-    "published operators": (["--no-racing"], {"mutate": published_mutate, "crossover": published_crossover}),
-    "racing": ([], {}),
-    "few": ([], {"mutate": few_genes}),
-    "together": ([], {"mutate": together}),
+    "algorithm 1": (PRINTED, {}),
+    "published operators": (PRINTED, {"mutate": published_mutate, "crossover": published_crossover}),
+    "racing": (["--screening", "1"], {}),
+    "screening": (["--no-racing"], {}),
+    "racing and screening": ([], {}),
+    "the same, 8 parents": (["--num-parents", "8", "--num-mutations", "5", "--num-crossovers", "3",
+                             "--iterations", "160"], {}),
 }
 
 

@@ -32,6 +32,7 @@ from longrope import (
     run,
     say,
     spread,
+    use_attention,
     world_size,
     write_json,
 )
@@ -167,7 +168,8 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
-    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window)
+    use_attention(args.attention)
+    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
     tokenizer = load_tokenizer(args.model)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/passkey-{lengths[-1]}")

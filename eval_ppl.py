@@ -33,6 +33,7 @@ from longrope import (
     run,
     say,
     spread,
+    use_attention,
     window_nll,
     windows,
     write_json,
@@ -191,7 +192,8 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
-    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window)
+    use_attention(args.attention)
+    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/ppl-{lengths[-1]}")
     ropes = resolve_ropes(args.rope, lengths, model)

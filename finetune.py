@@ -38,8 +38,10 @@ from longrope import (
     add_arguments,
     attention,
     barrier,
+    compile_blocks,
     describe,
     forward_flops,
+    is_installed,
     join_processes,
     load_model,
     load_tokenizer,
@@ -51,6 +53,7 @@ from longrope import (
     save_model,
     say,
     token_nll,
+    use_attention,
     versions,
     whole_file,
     world_size,
@@ -64,9 +67,12 @@ RECIPES = {  # of the paper, section 4.1; None: a short run, of a size for the m
 }
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, data sheets
 REMEDY = "lower --len or --micro-batch-size, set --checkpointing, or use more processes"  # out of memory
-# What scaled_dot_product_attention comes down to: each returns output and log-sum-exp, all its backward pass needs.
-ATTENTION_OPS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in
-                 ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")]
+# What `attention` comes down to: each returns output and log-sum-exp, all its backward pass needs.
+ATTENTION_OPS = [torch.ops.longrope.flash_attn_4.default, *(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in
+    ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu"))]
+if is_installed("flash_attn.flash_attn_interface"):
+    ATTENTION_OPS.append(torch.ops.flash_attn._flash_attn_forward.default)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,9 +204,8 @@ def train(model, data, device, args, out, identity):
     model.requires_grad_(True).train()
     if args.checkpointing:
         recompute(model)
-    if device.type == "cuda" and args.context_parallel == 1:
-        for block in model.model.layers:
-            block.forward = torch.compile(block.forward)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        compile_blocks(model)
     if dist.is_initialized():
         shard(model, device, compute_dtype)
     context = Context(dist.new_subgroups(args.context_parallel)[0]) if args.context_parallel > 1 else None
@@ -396,9 +401,10 @@ def complete(args, model, device):
 def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
+    use_attention(args.attention)
     # where the model is sharded no device has to hold all of it
     model = load_model(args.model, "config", None, "cpu" if dist.is_initialized() else args.device, torch.float32,
-                       sliding_window=args.sliding_window)
+                       sliding_window=args.sliding_window, compile=False)
     device = model.unembedding.device
     if dist.is_initialized() and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())

@@ -11,8 +11,10 @@ Dimensions: B batch, T tokens, H query heads, K key/value heads, D head_dim, C m
 Rotary pair i = 0 .. D/2-1 joins the coordinates i and i + D/2 of a head ("split-half", as Hugging Face weights are).
 """
 import argparse
+import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +24,7 @@ import sys
 import sysconfig
 import warnings
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
@@ -230,8 +232,12 @@ class Rope:
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-# Exact kernels in order of preference; PyTorch takes the first that supports the device, dtype and head_dim.
-KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Exact kernels, the fastest first (README, "Speed"). PyTorch's own are three; flash-attn-4 and flash-attn (2, for older
+# GPUs) are packages, used if they are installed.
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+KERNELS = ("flash-attn-4", "cudnn", "flash-attn-2", *list(SDPA)[1:])
+forced_kernel = None  # the name of --attention
 
 
 def attention(q, k, v):
@@ -241,26 +247,100 @@ def attention(q, k, v):
     """
     queries, keys = q.shape[1], k.shape[1]
     assert queries <= keys, f"{queries} queries for {keys} keys"
+    chunk = 1 < queries < keys  # SDPA's is_causal would take the queries for the first ones
+    kernel = "math" if queries == 1 else attention_kernel(q.device.type, q.dtype, q.shape[-1], chunk)
+    if kernel == "flash-attn-4":
+        return flash_attn_4(q, k, v)[0]
+    if kernel == "flash-attn-2":
+        from flash_attn import flash_attn_func
+        return flash_attn_func(q, k, v, causal=True)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens, as SDPA wants them
-    mask = None
-    if 1 < queries < keys:  # SDPA's is_causal would take the queries for the first ones
-        if q.is_cuda and q.dtype != torch.float32:  # this kernel's means the last ones
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].transpose(1, 2)
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    with sdpa_kernel(KERNELS, set_priority=True):
+    if chunk and kernel == "flash":  # this operator's is_causal takes them for the last ones
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].transpose(1, 2)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if chunk else None
+    with sdpa_kernel(SDPA[kernel]) if queries > 1 else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < queries == keys,
                                              enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 
-def attention_kernel(device, dtype, head_dim):
-    """The name of the first of KERNELS that runs there, for the record: kernels differ in their last bits."""
-    x = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
-    for kernel in KERNELS:
-        with sdpa_kernel(kernel), warnings.catch_warnings(), suppress(RuntimeError):  # "No available kernel"
-            warnings.simplefilter("ignore")  # the reasons why
-            F.scaled_dot_product_attention(x, x, x, is_causal=True)
-            return kernel.name.lower()
+@functools.cache
+def attention_kernel(device, dtype, head_dim, chunk=False):
+    """The name of the first of KERNELS that runs there, or of the forced one; for the record too, since kernels differ
+    in their last bits. chunk: is it for fewer queries than keys? device: its type. Raises UserError if none does."""
+    cuda = device == "cuda" and dtype != torch.float32
+    for kernel in [forced_kernel] if forced_kernel else KERNELS:
+        match kernel:
+            case "flash-attn-4":
+                works = cuda and head_dim % 8 == 0 and head_dim <= 128 and is_installed("flash_attn.cute") and (
+                    torch.cuda.get_device_capability() >= (9, 0))
+            case "flash-attn-2":
+                works = cuda and head_dim % 8 == 0 and is_installed("flash_attn.flash_attn_interface")
+            case "cudnn" | "efficient" if chunk:
+                works = False  # they would need a T x T mask
+            case "flash" if chunk:
+                works = cuda
+            case _:
+                works = sdpa_runs(SDPA[kernel], device, dtype, head_dim)
+        if works:
+            return kernel
+    raise UserError(f"attention {forced_kernel}: not for {device}, {str(dtype).removeprefix('torch.')} and head_dim "
+                    f"{head_dim} here, or not installed")
+
+
+def use_attention(name):
+    """Force the kernel of that name, of KERNELS; None: the fastest."""
+    global forced_kernel
+    forced_kernel = name
+    attention_kernel.cache_clear()
+
+
+def is_installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def sdpa_runs(backend, device, dtype, head_dim):
+    x = torch.empty(1, 1, 16, head_dim, device=device, dtype=dtype)
+    with sdpa_kernel(backend), warnings.catch_warnings(), suppress(RuntimeError):  # "No viable backend"
+        warnings.simplefilter("ignore")  # the reasons why
+        return torch._fused_sdp_choice(x, x, x, is_causal=True) == backend.value  # asks, runs nothing
+
+
+# A custom operator, so that torch.compile and selective checkpointing see it as one; it returns the log-sum-exp too,
+# which with the output is all that its backward pass needs.
+@torch.library.custom_op("longrope::flash_attn_4", mutates_args=())
+def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """flash-attn-4's causal attention of the last queries: the output (B, T, H, D) and the log-sum-exp (B, H, T)."""
+    warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler's, at the first call
+    from flash_attn.cute.interface import _flash_attn_fwd  # here, as it takes seconds
+    out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    return out, lse
+
+
+@flash_attn_4.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("longrope::flash_attn_4_backward", mutates_args=())
+def flash_attn_4_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                          lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+    dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, causal=True)
+    return dq, dk, dv
+
+
+@flash_attn_4_backward.register_fake
+def _(grad, q, k, v, out, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+flash_attn_4.register_autograd(
+    lambda ctx, grad, _: flash_attn_4_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
 
 
 def rotate(x, cos, sin):
@@ -403,14 +483,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias="v_proj" in config.biased)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias="o_proj" in config.biased)
 
-    def forward(self, x, cos, sin, cache=None):
-        B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = cache.attend(q, k, v) if cache else attention(q, k, v)
-        return self.o_proj(out.reshape(B, T, -1))
+    def qkv(self, x, cos, sin):
+        """(B, T, C) -> queries (B, T, H, D) and keys (B, T, K, D), turned, and values (B, T, K, D)."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -424,6 +500,9 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
 
 
+CHUNK = 32768  # tokens; 32768 x the widest MLP stays below 2^31 elements, where kernels become slow
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -432,9 +511,41 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def before(self, x, cos, sin):
+        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, out):
+        x = x + self.self_attn.o_proj(out.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, cache=None):
+        """(B, T, C) -> (B, T, C). What is done token by token is done CHUNK tokens at a time unless gradients are
+        needed: the MLP's activations, 3.5 C wide in a Llama-3-8B, never exist for the whole sequence."""
+        before, after = (self.before, self.after) if x.shape[1] > 1 else (  # decoding stays uncompiled
+            functools.partial(Block.before, self), functools.partial(Block.after, self))
+        chunk = x.shape[1] if torch.is_grad_enabled() else CHUNK
+        parts = [before(*part) for part in zip(x.split(chunk, 1), cos.split(chunk), sin.split(chunk))]
+        q, k, v = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts))
+        del parts
+        out = cache.attend(q, k, v) if cache else attention(q, k, v)
+        del q, k, v
+        parts = [after(*part) for part in zip(x.split(chunk, 1), out.split(chunk, 1))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def compile_blocks(model, **options):
+    """torch.compile for what lies between the attention calls: one graph for every layer, rope and length."""
+    def fuse(function, *token_dims):
+        compiled = torch.compile(function, **options)
+
+        def call(*tensors):
+            for x, dim in zip(tensors, token_dims):
+                torch._dynamo.maybe_mark_dynamic(x, dim)
+            return compiled(*tensors)
+        return call
+    for block in model.model.layers:
+        block.before = fuse(functools.partial(Block.before, block), 1, 0, 0)
+        block.after = fuse(functools.partial(Block.after, block), 1, 1)
 
 
 class Llama(nn.Module):
@@ -515,12 +626,13 @@ BESIDE = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json
           "generation_config.json")
 
 
-def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=None, sliding_window=True):
+def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=None, sliding_window=True, compile=None):
     """The model in a Hugging Face directory or on the Hub, in eval mode.
 
     rope: None = what the directory says (its rope.json before its config), "config" = its config alone, a Rope, a path
     to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu.
     dtype: bfloat16 on cuda, float32 on cpu. sliding_window: False lets Mistral's tokens attend to all before them.
+    compile: torch.compile what lies between the attention calls (None: on cuda).
     Raises UserError.
     """
     path = model_directory(path)
@@ -551,6 +663,8 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
         raise UserError(f"{path}: " + " ".join(str(e).split())[:300]) from None
     model.path = path
     model.rope = resolve_rope(rope, model, length)
+    if device.type == "cuda" if compile is None else compile:
+        compile_blocks(model)
     return model.requires_grad_(False).eval()
 
 
@@ -858,6 +972,9 @@ def add_arguments(parser, data=True):
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
                         help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="torch.compile what lies between the attention calls (default: on cuda)")
+    parser.add_argument("--attention", choices=KERNELS, help="default: the first of these that runs")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of everything random (default: 0)")
 
 
@@ -883,7 +1000,7 @@ def describe(model, args):
     w = model.unembedding
     return {"model": str(args.model), "weights_sha256": sample.hexdigest(),
             "dtype": str(w.dtype).removeprefix("torch."), "versions": versions(),
-            "attention": attention_kernel(w.device, w.dtype, model.config.head_dim)}
+            "attention": attention_kernel(w.device.type, w.dtype, model.config.head_dim)}
 
 
 def join_processes(device=None):

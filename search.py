@@ -46,6 +46,7 @@ from longrope import (
     say,
     spread,
     su_factor,
+    use_attention,
     whole_file,
     window_nll,
     windows,
@@ -628,7 +629,8 @@ def fill_in(args, model):
 def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
-    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window)
+    use_attention(args.attention)
+    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
     tokenizer = load_tokenizer(args.model)
     fill_in(args, model)
     model.check_length(args.len)

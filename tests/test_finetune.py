@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 import finetune
 from finetune import batch_of, learning_rate, segments
-from longrope import Rope, UserError, load_model, load_tokenizer, read_documents, run
+from longrope import Rope, UserError, compile_blocks, load_model, load_tokenizer, read_documents, run
 
 LENGTH, STEPS = 2 * WINDOW, 16
 
@@ -316,11 +316,14 @@ class CountAttention(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_checkpointing_computes_all_again_but_attention(tiny, tiny_rope):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_computes_all_again_but_attention(tiny, tiny_rope, compiled):
     """Without a kept output attention would run twice in each of the two layers."""
     gradients, bytes_kept = [], []
     for recompute in (False, True):
         model = load_model(tiny, tiny_rope, device="cpu").requires_grad_(True)
+        if compiled:
+            compile_blocks(model, backend="aot_eager")
         if recompute:
             finetune.recompute(model)
         kept = {}

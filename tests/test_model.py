@@ -1,7 +1,10 @@
 """The Llama against transformers', checkpoints, windows, and the measure of all scripts."""
 import json
+import math
 import re
+import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +22,17 @@ from conftest import (
     save_tiny,
 )
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import longrope
 from longrope import (
     Rope,
     UserError,
     attention,
+    compile_blocks,
     data_hash,
     load_model,
     load_tokenizer,
@@ -34,6 +40,7 @@ from longrope import (
     save_model,
     standard_library,
     token_nll,
+    use_attention,
     window_nll,
     windows,
 )
@@ -144,6 +151,127 @@ def test_attention_is_causal_softmax_with_every_key_head_shared_by_a_group_of_qu
     for b, t, h in ((0, 0, 0), (0, 6, 1), (1, 3, 2), (1, 6, 3)):
         weights = (k[b, :t + 1, h // 2] @ q[b, t, h] / 8 ** 0.5).softmax(0)
         assert_close(out[b, t, h], weights @ v[b, :t + 1, h // 2])
+
+
+@pytest.mark.parametrize("queries", [7, 3])
+def test_other_packages_kernels_get_what_they_need_and_their_gradients_arrive(monkeypatch, queries):
+    """flash-attn-4 and flash-attn 2 run on GPUs only: stand-ins with their signatures, made of plain products."""
+    def grouped(q, k):
+        return k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+
+    def scores(q, k):
+        hidden = torch.ones(q.shape[1], k.shape[1]).tril(k.shape[1] - q.shape[1]) == 0
+        return (torch.einsum("bthd,bshd->bhts", q, grouped(q, k)) / q.shape[-1] ** 0.5).masked_fill(hidden, -math.inf)
+
+    def forward(q, k, v, causal=False, return_lse=False):
+        assert causal and return_lse
+        out = torch.einsum("bhts,bshd->bthd", scores(q, k).softmax(-1), grouped(q, v))
+        return out.contiguous(), scores(q, k).logsumexp(-1), None, None, None
+
+    def backward(q, k, v, out, dout, lse, causal=False):
+        assert causal
+        p = (scores(q, k) - lse[..., None]).exp()
+        ds = p * (torch.einsum("bthd,bshd->bhts", dout, grouped(q, v)) - (dout * out).sum(-1).mT[..., None])
+        dq, dk = (torch.einsum(f"bhts,b{x}hd->b{y}hd", ds, z) / q.shape[-1] ** 0.5
+                  for x, y, z in (("s", "t", grouped(q, k)), ("t", "s", q)))
+        dv = torch.einsum("bhts,bthd->bshd", p, dout)
+        return dq.contiguous(), *(x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
+
+    modules = {"flash_attn": SimpleNamespace(flash_attn_func=lambda q, k, v, causal: forward(q, k, v, causal, True)[0]),
+               "flash_attn.cute": SimpleNamespace(),
+               "flash_attn.cute.interface": SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    torch.manual_seed(1)
+    inputs = [torch.randn(2, t, heads, 8, requires_grad=True) for t, heads in ((queries, 4), (7, 2), (7, 2))]
+    found = []
+    for kernel in ("math", "flash-attn-4", "flash-attn-2"):
+        monkeypatch.setattr(longrope, "attention_kernel", lambda *_, kernel=kernel: kernel)
+        out = attention(*inputs)
+        found.append([out, *torch.autograd.grad((out * torch.arange(8.0)).sum(), inputs)])
+    for expected, *others in zip(*found):
+        for other in others:
+            assert_close(other, expected)
+    torch.library.opcheck(longrope.flash_attn_4, tuple(x.detach() for x in inputs), test_utils=("test_schema",
+                                                                                             "test_faketensor"))
+
+
+@pytest.fixture
+def gpu_with_everything(monkeypatch):
+    """What `attention_kernel` asks the machine, answered as an H100 with both packages does."""
+    monkeypatch.setattr(longrope, "is_installed", lambda module: True)
+    monkeypatch.setattr(longrope, "sdpa_runs", lambda backend, device, dtype, head_dim: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    use_attention(None)
+    yield monkeypatch
+    use_attention(None)
+
+
+def test_the_fastest_kernel_that_runs_is_taken(gpu_with_everything):
+    def kernel(dtype=torch.bfloat16, chunk=False, head_dim=64, device="cuda"):
+        longrope.attention_kernel.cache_clear()
+        return longrope.attention_kernel(device, dtype, head_dim, chunk)
+    assert kernel() == kernel(chunk=True) == "flash-attn-4"
+    assert kernel(torch.float32) == "cudnn" and kernel(torch.float32, chunk=True) == "math"
+    assert kernel(head_dim=80) == "flash-attn-4" and kernel(head_dim=256) == "cudnn"
+    gpu_with_everything.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert kernel() == "cudnn" and kernel(chunk=True) == "flash-attn-2"
+    gpu_with_everything.setattr(longrope, "is_installed", lambda module: False)
+    assert kernel() == "cudnn" and kernel(chunk=True) == "flash"
+    gpu_with_everything.setattr(longrope, "sdpa_runs", lambda backend, *_: backend == SDPBackend.MATH)
+    assert kernel() == "math" and kernel(device="cpu") == "math"
+    use_attention("flash-attn-4")
+    with pytest.raises(UserError, match="attention flash-attn-4: not for cuda, bfloat16 and head_dim 64 here"):
+        kernel()
+
+
+def test_a_forced_kernel_is_the_one_that_is_used_and_one_that_cannot_run_is_one_line(bundled, monkeypatch):
+    tokens, used = random_tokens(64), []
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: [used.append(
+        torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()), plain(*a, **k)][1])
+    logits = bundled.model(tokens)
+    assert not any(used[-6:])
+    try:
+        use_attention("math")
+        assert_close(bundled.model(tokens), logits, atol=1e-3, rtol=1e-3)
+        assert all(used[-6:])
+        use_attention("cudnn")
+        with pytest.raises(UserError, match="attention cudnn: not for cpu, float32 and head_dim 64 here"):
+            bundled.model(tokens)
+    finally:
+        use_attention(None)
+
+
+def test_chunks_of_tokens_give_the_same_logits(bundled, monkeypatch):
+    tokens = random_tokens(200)
+    with torch.inference_mode():
+        whole = bundled.model(tokens)
+        monkeypatch.setattr(longrope, "CHUNK", 64)  # three and a rest
+        sizes = []
+        monkeypatch.setattr(longrope.MLP, "forward", lambda self, x, plain=longrope.MLP.forward: [
+            sizes.append(x.shape[1]), plain(self, x)][1])
+        assert_close(bundled.model(tokens), whole, atol=1e-4, rtol=1e-4)
+    assert sizes == [64, 64, 64, 8] * 6
+
+
+def test_layers_ropes_and_lengths_share_one_graph(bundled):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+    torch._dynamo.reset()
+    model = load_model(bundled.path, device="cpu")
+    with torch.inference_mode():
+        expected = {(rope, length): load_model(bundled.path, rope, 8192, device="cpu")(random_tokens(length))
+                    for rope in ("none", "yarn") for length in (48, 130)}
+        compile_blocks(model, backend=count)
+        for (rope, length), logits in expected.items():
+            model.rope = Rope.named(rope, model.config, 8192)
+            assert_close(model(random_tokens(length)), logits, atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2, len(graphs)  # before attention and after it
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,7 @@ import torch
 from conftest import BOS, ROOT, WINDOW, complaint, random_factors, read_lines, save_tiny
 from test_eval_ppl import torchrun
 from test_search import history_of, on_grid, whole, without_seconds
-from torch.nn.attention import SDPBackend
 
-import longrope
 import search
 from eval_passkey import QUESTION
 from longrope import Rope, UserError, load_model, load_tokenizer, read_documents, su_factor, window_nll, windows
@@ -169,8 +167,7 @@ def test_the_history_of_another_search_is_refused_and_stays_as_it_was(
     if "--fitness" in changes:  # a pass-key prompt takes more than LENGTH tokens of so small a vocabulary
         changes = [*changes, "--len", 512]
     if changes == ["kernel"]:
-        monkeypatch.setattr(longrope, "KERNELS", [SDPBackend.MATH])
-        changes = []
+        changes = ["--attention", "math"]
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     said = complaint(search.main, capsys, *command(tiny, books, "out", *changes, "--resume"))
     named = said.partition("of a search with another ")[2].partition(";")[0].split(", ")

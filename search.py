@@ -60,7 +60,7 @@ PAPER = {"samples": 5, "population_size": 64, "num_mutations": 16, "num_crossove
          "iterations": 40}
 PAPER_ABOVE_512K = PAPER | {"samples": 3, "population_size": 32, "num_mutations": 8, "num_crossovers": 8}
 ON_CPU = {"samples": 2, "population_size": 16, "num_mutations": 5, "num_crossovers": 3, "num_parents": 6,
-          "iterations": 6}
+          "iterations": 5}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

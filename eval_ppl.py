@@ -22,6 +22,7 @@ from longrope import (
     add_arguments,
     data_hash,
     describe,
+    forward_flops,
     is_named,
     join_processes,
     load_model,
@@ -34,6 +35,7 @@ from longrope import (
     say,
     spread,
     use_attention,
+    utilisation,
     window_nll,
     windows,
     write_json,
@@ -83,18 +85,24 @@ def measure(model, documents, length, stride, advance):
     begun = time.perf_counter()
     results = spread(one, [d.tokens for d in documents])
     seconds = time.perf_counter() - begun
+    read = work(documents, length, stride)
     sums, counts = sum(r[0] for r in results), sum(r[1] for r in results)  # in the order of the documents
     nll, tokens = float(sums.sum()), int(counts.sum())
     return {"documents": len(documents), "tokens": tokens, "stride": stride, "nll": nll, "ppl": perplexity(nll, tokens),
             "ppl_by_position": list(map(perplexity, sums.tolist(), counts.tolist())),
             "tokens_by_position": counts.tolist(), "seconds": round(seconds, 3),
-            "tokens_per_s": round(work(documents, length, stride) / seconds),
+            "tokens_per_s": round(read / seconds),
+            "mfu": utilisation(forward_flops(model, length) * read / length, seconds, device),
             "peak_gib": round(max(r[2] for r in results), 2) or None}
 
 
 def perplexity(nll, tokens):
     """exp(total NLL / total tokens), None of nothing."""
     return float(np.exp(nll / tokens)) if tokens else None
+
+
+def percent(share):
+    return f"{share:.1%}" if share else "-"
 
 
 def work(documents, length, stride):
@@ -218,7 +226,7 @@ def main(argv=None):
                           "one window a document") + "; " + SCALES.format(window=model.window))
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}} {'length':>8} {'s':>6} {'documents':>9} {'tokens':>9} {'perplexity':>10} {'seconds':>9} "
-        f"{'tokens/s':>9} {'peak GiB':>8}")
+        f"{'tokens/s':>9} {'MFU':>6} {'peak GiB':>8}")
     window_nll(model, documents[0].tokens[:16])  # the first call starts libraries up, which no row should pay for
     left = sum(work(documents, length, args.stride) for (_, length), row in same.items() if not row)
     bar, done = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left), 0
@@ -234,7 +242,7 @@ def main(argv=None):
                 arguments = vars(args) | {"out": str(out)}
                 write_json(out / "ppl.json", {"setup": setup, "arguments": arguments, "rows": rows})
         say(f"{name:{wide}} {length:8} {row['scale']:6.4g} {row['documents']:9} {row['tokens']:9} {row['ppl']:10.3f} "
-            f"{row['seconds']:9.1f} {row['tokens_per_s']:9} {row['peak_gib'] or '-':>8}")
+            f"{row['seconds']:9.1f} {row['tokens_per_s']:9} {percent(row['mfu']):>6} {row['peak_gib'] or '-':>8}")
     bar.close()
     if rank() == 0:
         plot(rows, out)

@@ -54,6 +54,7 @@ from longrope import (
     say,
     token_nll,
     use_attention,
+    utilisation,
     versions,
     whole_file,
     world_size,
@@ -65,7 +66,6 @@ RECIPES = {  # of the paper, section 4.1; None: a short run, of a size for the m
     "llama2": {"lr": 2e-5, "schedule": "linear", "steps": 400, "batch_size": 32},
     "mistral": {"lr": 1e-6, "schedule": "constant", "steps": 400, "batch_size": 64, "len": 16384},
 }
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, data sheets
 REMEDY = "lower --len or --micro-batch-size, set --checkpointing, or use more processes"  # out of memory
 # What `attention` comes down to: each returns output and log-sum-exp, all its backward pass needs.
 ATTENTION_OPS = [torch.ops.longrope.flash_attn_4.default, *(
@@ -252,9 +252,8 @@ def speed(tokens, flops, seconds, device):
     line = {"tokens_per_s": round(tokens / seconds)}
     if device.type != "cuda":
         return line | {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}  # of KiB
-    for name, peak in PEAK_FLOPS.items():
-        if name in torch.cuda.get_device_name():
-            line["mfu"] = round(flops / seconds / (peak * world_size()), 4)
+    if mfu := utilisation(flops, seconds, device):
+        line["mfu"] = round(mfu, 4)
     return line | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
 
 

@@ -232,7 +232,7 @@ class Rope:
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-# Exact kernels, the fastest first (README, "Speed"). PyTorch's own are three; flash-attn-4 and flash-attn (2, for older
+# Exact kernels, the fastest first (on an H100, tests/bench_peers.py). PyTorch's own are three; flash-attn-4 and flash-attn (2, for older
 # GPUs) are packages, used if they are installed.
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
@@ -477,15 +477,19 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
-        self.head_dim = D
+        self.head_dim, self.kv_heads = D, config.num_key_value_heads
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias="q_proj" in config.biased)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias="k_proj" in config.biased)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias="v_proj" in config.biased)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias="o_proj" in config.biased)
 
-    def qkv(self, x, cos, sin):
-        """(B, T, C) -> queries (B, T, H, D) and keys (B, T, K, D), turned, and values (B, T, K, D)."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def qkv(self, x, cos, sin, heads=slice(None)):
+        """(B, T, C) -> queries (B, T, H, D) and keys (B, T, K, D), turned, and values (B, T, K, D); with `heads` of
+        those key heads alone and of the query heads that share them."""
+        def rows(p):
+            return p if p is None else p.unflatten(0, (self.kv_heads, -1))[heads].flatten(0, 1)
+        q, k, v = (F.linear(x, rows(proj.weight), rows(proj.bias)).unflatten(-1, (-1, self.head_dim))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -500,7 +504,8 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
 
 
-CHUNK = 32768  # tokens; 32768 x the widest MLP stays below 2^31 elements, where kernels become slow
+CHUNK = 32768    # tokens; times the width of an MLP this stays below 2^31 numbers, where kernels become slow
+AT_ONCE = 2**31  # numbers in the queries of all heads
 
 
 class Block(nn.Module):
@@ -521,16 +526,39 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """(B, T, C) -> (B, T, C). What is done token by token is done CHUNK tokens at a time unless gradients are
         needed: the MLP's activations, 3.5 C wide in a Llama-3-8B, never exist for the whole sequence."""
-        before, after = (self.before, self.after) if x.shape[1] > 1 else (  # decoding stays uncompiled
-            functools.partial(Block.before, self), functools.partial(Block.after, self))
+        before, after = (self.before, self.after) if x.shape[1] > 1 else (
+            Block.before.__get__(self), Block.after.__get__(self))  # decoding stays uncompiled
+        if not (cache or torch.is_grad_enabled()) and x.numel() >= AT_ONCE:
+            return self.head_by_head(x, cos, sin)
         chunk = x.shape[1] if torch.is_grad_enabled() else CHUNK
-        parts = [before(*part) for part in zip(x.split(chunk, 1), cos.split(chunk), sin.split(chunk))]
-        q, k, v = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts))
-        del parts
+        q, k, v = joined(map(before, x.split(chunk, 1), cos.split(chunk), sin.split(chunk)))
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
         del q, k, v
-        parts = [after(*part) for part in zip(x.split(chunk, 1), out.split(chunk, 1))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return joined((part,) for part in map(after, x.split(chunk, 1), out.split(chunk, 1)))[0]
+
+    def head_by_head(self, x, cos, sin):
+        """The same for a sequence so long that the queries of all heads would not fit beside it, or be 2^31 numbers
+        and more, which kernels cannot count: one key head at a time, its part of o_proj's sum added to the result."""
+        y, heads = x.clone(), self.self_attn.kv_heads
+        for head in range(heads):
+            q, k, v = joined(self.self_attn.qkv(self.input_layernorm(part), *angles, slice(head, head + 1))
+                             for part, *angles in zip(x.split(CHUNK, 1), cos.split(CHUNK), sin.split(CHUNK)))
+            out = attention(q, k, v).flatten(2)
+            del q, k, v
+            columns = self.self_attn.o_proj.weight.chunk(heads, 1)[head]
+            for part, part_out in zip(y.split(CHUNK, 1), out.split(CHUNK, 1)):
+                part += F.linear(part_out, columns)
+        for part in y.split(CHUNK, 1):
+            if self.self_attn.o_proj.bias is not None:
+                part += self.self_attn.o_proj.bias
+            part += self.mlp(self.post_attention_layernorm(part))
+        return y
+
+
+def joined(parts):
+    """[(a0, b0, ...), (a1, b1, ...), ...], pieces along the tokens -> (a, b, ...)."""
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else [torch.cat(pieces, 1) for pieces in zip(*parts)]
 
 
 def compile_blocks(model, **options):
@@ -544,8 +572,8 @@ def compile_blocks(model, **options):
             return compiled(*tensors)
         return call
     for block in model.model.layers:
-        block.before = fuse(functools.partial(Block.before, block), 1, 0, 0)
-        block.after = fuse(functools.partial(Block.after, block), 1, 1)
+        block.before = fuse(Block.before.__get__(block), 1, 0, 0)
+        block.after = fuse(Block.after.__get__(block), 1, 1)
 
 
 class Llama(nn.Module):
@@ -954,6 +982,15 @@ def forward_flops(model, length):
     c = model.config
     matrices = sum(p.numel() for block in model.model.layers for p in block.parameters()) + model.unembedding.numel()
     return 2 * matrices * length + 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, data sheets
+
+
+def utilisation(flops, seconds, device):
+    """Model FLOP utilisation of all processes' GPUs, None if their peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops / seconds / (peak * world_size()) for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from longrope import (
     spread,
     su_factor,
     use_attention,
+    utilisation,
     whole_file,
     window_nll,
     windows,
@@ -248,6 +249,8 @@ class Evaluator:
     def __init__(self, args, model, found, make_rope, setup):
         self.args, self.model, self.found, self.make_rope = args, model, found, make_rope
         self.best, self.count, self.documents = math.inf, 0, 0
+        self.measured, self.begun = 0, time.perf_counter()  # in this run, for the speed
+        self.flops_per_token = forward_flops(model, args.len) / args.len
         self.record = {
             "model": str(args.model), "data": [w.document for w in found], "data_sha256": data_hash(found),
             "target_length": args.len, "fitness": args.fitness, "seed": args.seed,
@@ -268,6 +271,7 @@ class Evaluator:
                 else:
                     active.append((individual, [], time.perf_counter()))
             values = spread(self.measure, [(individual, len(nll)) for individual, nll, _ in active])
+            self.measured += len(values)
             for one, value in zip(list(active), values):
                 individual, nll, begun = one
                 nll.append(value)
@@ -302,7 +306,10 @@ class Evaluator:
             self.best = ppl
             if save:
                 self.save(individual)
-        self.bar.set_postfix_str(f"best perplexity {self.best:.3f}")
+        speed = self.measured * self.args.len / (time.perf_counter() - self.begun)
+        mfu = utilisation(speed * self.flops_per_token, 1, self.model.unembedding.device)
+        self.bar.set_postfix_str(f"best perplexity {self.best:.3f}, {speed:.3g} tokens/s"
+                                 + (f", MFU {mfu:.0%}" if mfu else ""))
         self.bar.update()
         return nll if whole else None
 

@@ -61,6 +61,8 @@ def save_tiny(path, shard="5GB", **changes):
     for name, weight in hf.named_parameters():
         if name.endswith("norm.weight"):  # ones would hide a norm that forgets its weight
             weight.data.uniform_(0.5, 1.5)
+        if name.endswith("bias"):  # nor zeros
+            weight.data.normal_(std=0.1)
     hf.save_pretrained(path, max_shard_size=shard)
     return hf
 

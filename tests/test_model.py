@@ -41,6 +41,7 @@ from longrope import (
     standard_library,
     token_nll,
     use_attention,
+    utilisation,
     window_nll,
     windows,
 )
@@ -255,6 +256,21 @@ def test_chunks_of_tokens_give_the_same_logits(bundled, monkeypatch):
     assert sizes == [64, 64, 64, 8] * 6
 
 
+def test_one_key_head_at_a_time_gives_the_same_logits(tmp_path, monkeypatch):
+    hf = save_tiny(tmp_path, num_key_value_heads=2, attention_bias=True)
+    model, tokens = load_model(tmp_path, device="cpu"), random_tokens(100)
+    used = []
+    monkeypatch.setattr(longrope, "attention", lambda q, k, v, plain=attention: [used.append(
+        (q.shape[2], k.shape[2])), plain(q, k, v)][1])
+    monkeypatch.setattr(longrope, "CHUNK", 64)
+    with torch.inference_mode():
+        whole = model(tokens)
+        monkeypatch.setattr(longrope, "AT_ONCE", 100 * 128)
+        assert_close(model(tokens), whole, atol=1e-4, rtol=1e-4)
+    assert used == [(4, 2)] * 2 + [(2, 1)] * 4
+    assert_same_logits(whole, hf_logits(hf, tokens))
+
+
 def test_layers_ropes_and_lengths_share_one_graph(bundled):
     graphs = []
 
@@ -272,6 +288,14 @@ def test_layers_ropes_and_lengths_share_one_graph(bundled):
             assert_close(model(random_tokens(length)), logits, atol=1e-4, rtol=1e-4)
     assert len(graphs) == 2, len(graphs)  # before attention and after it
     torch._dynamo.reset()
+
+
+def test_utilisation_is_of_all_gpus_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(longrope, "world_size", lambda: 4)
+    assert utilisation(989e12, 0.5, torch.device("cuda")) == 0.5
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
+    assert utilisation(1e12, 1, torch.device("cuda")) is None and utilisation(1e12, 1, torch.device("cpu")) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

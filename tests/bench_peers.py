@@ -1,0 +1,211 @@
+"""Time and memory of the forward pass and of a training step, beside transformers' on the same weights and inputs.
+
+    $ python tests/bench_peers.py --out out/peers.json                     # one H100, two minutes
+    $ python tests/bench_peers.py --model SMOLLM2_DIR --out out/peers.json
+
+One layer of Llama-3-8B's shape and a small model (random weights of SmolLM2-135M's shape, or --model), in bfloat16. In
+one run: the rate of a large matrix product, the ceiling; transformers with PyTorch's attention; this repository with
+flash-attn-4 and with PyTorch's cuDNN alone. Each row: seconds (median of some), tokens/s, TFLOP/s, its share of the
+ceiling, peak memory above weights and input, and the largest difference from transformers' result.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig as HFConfig
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import finetune  # noqa: E402
+from longrope import (  # noqa: E402
+    Llama,
+    LlamaConfig,
+    attention_kernel,
+    compile_blocks,
+    forward_flops,
+    load_model,
+    use_attention,
+    versions,
+)
+
+LLAMA3 = {"model_type": "llama", "vocab_size": 256, "hidden_size": 4096, "intermediate_size": 14336,
+          "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+          "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": True}
+SMOLLM2 = LLAMA3 | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                    "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0}
+OURS = ("flash-attn-4", "cudnn")
+
+
+def ours_of(config):
+    """Our model with random weights, the same every time."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Llama(LlamaConfig.from_dict(config)).to(torch.bfloat16).requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
+    return model
+
+
+def measured(step, repeats):
+    """Of one step: its result, the median of the seconds, and the peak of memory above what was there before."""
+    result = step()  # compiles, and warms up
+    del result
+    torch.cuda.synchronize()
+    before, took = torch.cuda.memory_allocated(), []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats):
+        result = None
+        begun = time.perf_counter()
+        result = step()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - begun)
+    return result, statistics.median(took), (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def ceiling():
+    """FLOP/s of a bf16 matrix product of 8192^3, random numbers."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def products():
+        for _ in range(20):
+            a @ b
+    return 20 * 2 * 8192**3 / measured(products, 3)[1]
+
+
+class Table:
+    def __init__(self, out):
+        self.out, self.ceiling, self.rows = out, ceiling(), []
+        print(f"matrix product 8192^3: {self.ceiling / 1e12:.0f} TFLOP/s\n{'work':36} {'program':22} {'seconds':>8} "
+              f"{'ratio':>6} {'tokens/s':>9} {'TFLOP/s':>8} {'share':>6} {'GiB':>7} {'ratio':>6} {'difference':>11}",
+              flush=True)
+
+    def add(self, work, program, tokens, flops, step, repeats=3):
+        """Measure and print; the first program of a work is what the others are compared with."""
+        try:
+            result, seconds, gib = measured(step, repeats)
+        except torch.OutOfMemoryError:
+            print(f"{work:36} {program:22} out of memory", flush=True)
+            self.rows.append({"work": work, "program": program, "error": "out of memory"})
+            return
+        finally:
+            torch.cuda.empty_cache()
+        first = next((r for r in self.rows if r["work"] == work and "seconds" in r), None)
+        if first is None:
+            self.reference, difference = result, None
+        else:
+            difference = (result.float() - self.reference.float()).abs().max().item()
+        row = {"work": work, "program": program, "seconds": seconds, "tokens_per_s": tokens / seconds,
+               "tflops": flops / seconds / 1e12, "share_of_ceiling": flops / seconds / self.ceiling, "gib": gib,
+               "time_ratio": seconds / (first or {"seconds": seconds})["seconds"],
+               "memory_ratio": gib / (first or {"gib": gib})["gib"], "largest_difference": difference}
+        self.rows.append(row)
+        print(f"{work:36} {program:22} {seconds:8.3f} {row['time_ratio']:6.2f} {row['tokens_per_s']:9.3g} "
+              f"{row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib:7.2f} {row['memory_ratio']:6.2f} "
+              f"{'-' if difference is None else f'{difference:.3g}':>11}", flush=True)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps({"ceiling_tflops": self.ceiling / 1e12, **versions(), "rows": self.rows},
+                                       indent=1) + "\n")
+
+
+def layer(table, tokens, training):
+    """One layer of Llama-3-8B."""
+    torch._dynamo.reset()  # graphs of the work before
+    model = ours_of(LLAMA3)
+    block = model.model.layers[0]
+    hf = LlamaDecoderLayer(HFConfig(**LLAMA3, attn_implementation="sdpa"), 0).to("cuda", torch.bfloat16)
+    hf.load_state_dict(block.state_dict())
+    hf.train(training)
+    x = torch.randn(1, tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn_like(x) if training else None
+    cos, sin = model.rope.table(tokens, x.device)
+    both = tuple(torch.cat((t, t), -1)[None].to(x.dtype) for t in (cos, sin))
+    per_token = 2 * sum(p.numel() for p in block.parameters())
+    flops = per_token * tokens + 2 * tokens**2 * 32 * 128
+    work = f"Llama-3-8B layer, {'training step' if training else 'forward'}, {tokens}"
+
+    def step(forward, module):
+        if not training:
+            with torch.no_grad():
+                return forward(x)
+        module.zero_grad(set_to_none=True)
+        module.requires_grad_(True)
+        leaf = x.detach().requires_grad_()
+        forward(leaf).backward(grad)
+        return leaf.grad
+    positions = torch.arange(tokens, device="cuda")[None]
+
+    def theirs(x):
+        out = hf(x, attention_mask=None, position_ids=positions, position_embeddings=both)
+        return out[0] if isinstance(out, tuple) else out
+    checkpointed = theirs if not training else lambda x: checkpoint(theirs, x, use_reentrant=False)
+    times = 3 if training else 1  # backward takes twice forward; what is computed again is not counted
+    table.add(work, "transformers", tokens, times * flops, lambda: step(checkpointed, hf))
+    compile_blocks(model)
+    if training:
+        finetune.recompute(model)
+    for kernel in OURS:
+        use_attention(kernel)
+        table.add(work, kernel, tokens, times * flops, lambda: step(lambda x: block(x, cos, sin), block))
+    use_attention(None)
+
+
+def whole_model(table, path, tokens):
+    """All layers of the small model; the logits of the last 1024 tokens."""
+    torch._dynamo.reset()
+    if path:
+        model, hf = load_model(path), LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda()
+    else:
+        model = ours_of(SMOLLM2)
+        hf = LlamaForCausalLM(HFConfig(**SMOLLM2)).to("cuda", torch.bfloat16)
+        hf.load_state_dict(model.state_dict() | {"lm_head.weight": model.unembedding})
+        compile_blocks(model)
+    hf.requires_grad_(False)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), device="cuda",
+                        generator=torch.Generator("cuda").manual_seed(0))
+    work, flops = f"SmolLM2-135M, forward, {tokens}", forward_flops(model, tokens)
+
+    def logits(hidden):
+        return hidden[0, -1024:] @ model.unembedding.T
+    with torch.inference_mode():
+        table.add(work, "transformers", tokens, flops, lambda: logits(hf.model(ids, use_cache=False)[0]))
+        for kernel in OURS:
+            use_attention(kernel)
+            table.add(work, kernel, tokens, flops, lambda: logits(model.hidden(ids)))
+    use_attention(None)
+
+
+def two_million(table, layers=2, tokens=2**21):
+    """2,097,152 tokens through some layers of Llama-3-8B, head by head."""
+    model = ours_of(LLAMA3 | {"num_hidden_layers": layers})
+    compile_blocks(model)
+    ids = torch.randint(256, (1, tokens), device="cuda")
+    flops = forward_flops(model, tokens)
+    with torch.inference_mode():
+        kernel = attention_kernel("cuda", torch.bfloat16, 128)
+        table.add(f"Llama-3-8B, {layers} layers, {tokens}", kernel, tokens, flops,
+                  lambda: model.hidden(ids)[0, -8:].clone(), repeats=1)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", help="directory of SmolLM2-135M (default: random weights of its shape)")
+    p.add_argument("--two-million", action="store_true", help="2,097,152 tokens through 2 layers of the 8B, alone")
+    p.add_argument("--out", type=Path, default=Path("out/peers.json"))
+    args = p.parse_args()
+    table = Table(args.out)
+    if args.two_million:
+        return two_million(table)
+    layer(table, 131072, training=False)
+    layer(table, 65536, training=True)
+    for tokens in (65536, 131072):
+        whole_model(table, args.model, tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -232,8 +232,8 @@ class Rope:
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-# Exact kernels, the fastest first, as tests/bench_peers.py measures them on an H100. PyTorch's own are three; flash-attn-4
-# and flash-attn (2, for older GPUs) are packages, used if they are installed.
+# Exact kernels, the fastest first, as tests/bench_peers.py measures them on an H100. PyTorch's own are four;
+# flash-attn-4 and flash-attn (2, for older GPUs) are packages, used if they are installed.
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 KERNELS = ("flash-attn-4", "cudnn", "flash-attn-2", *list(SDPA)[1:])

@@ -1043,10 +1043,12 @@ def describe(model, args):
 def join_processes(device=None):
     """Under torchrun: join its processes and take this one's GPU. Before `load_model`."""
     if "RANK" in os.environ and not dist.is_initialized():
-        cuda = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # a window can take an hour
+        gpu = None
+        if torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
+            gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1),  # a window can take an hour
+                                device_id=gpu)
 
 
 def rank():

@@ -39,7 +39,6 @@ from longrope import (
     attention,
     barrier,
     compile_blocks,
-    describe,
     forward_flops,
     is_installed,
     join_processes,
@@ -56,6 +55,7 @@ from longrope import (
     use_attention,
     utilisation,
     versions,
+    weights_hash,
     whole_file,
     world_size,
     write_json,
@@ -67,14 +67,6 @@ RECIPES = {  # of the paper, section 4.1; None: a short run, of a size for the m
     "mistral": {"lr": 1e-6, "schedule": "constant", "steps": 400, "batch_size": 64, "len": 16384},
 }
 REMEDY = "lower --len or --micro-batch-size, set --checkpointing, or use more processes"  # out of memory
-# What `attention` comes down to: each returns output and log-sum-exp, all its backward pass needs.
-ATTENTION_OPS = [torch.ops.longrope.flash_attn_4.default, *(
-    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in
-    ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu"))]
-if is_installed("flash_attn.flash_attn_interface"):
-    ATTENTION_OPS.append(torch.ops.flash_attn._flash_attn_forward.default)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -156,9 +148,20 @@ class Context:
         return torch.cat([attention(part, k[:, :end], v[:, :end]) for part, end in zip(q.split(n, dim=1), ends)], 1)
 
 
+def attention_ops():
+    """What `attention` comes down to: each returns output and log-sum-exp, all its backward pass needs."""
+    found = [torch.ops.longrope.flash_attn_4.default, *(
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in
+        ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu"))]
+    if is_installed("flash-attn"):
+        import flash_attn  # noqa: F401, it registers the operator
+        found.append(torch.ops.flash_attn._flash_attn_forward.default)
+    return found
+
+
 def recompute(model):
     """Activation checkpointing: all but attention's output is computed again in the backward pass."""
-    keep = partial(create_selective_checkpoint_contexts, ATTENTION_OPS)
+    keep = partial(create_selective_checkpoint_contexts, attention_ops())
     for block in model.model.layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=keep)
 
@@ -424,7 +427,7 @@ def main(argv=None):
     read = partial(read_documents, args.data, 5 * args.len)
     data, source = tokenised(read, tokenizer, args.len, bos, eos, out)
     say(f"{len(data)} segments")
-    identity = {"model": describe(model, args)["weights_sha256"], "data": source,
+    identity = {"model": weights_hash(model), "data": source,
                 "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest()}
     identity |= {key: getattr(args, key) for key in ("len", "seed", "batch_size", "steps", "lr", "schedule", "warmup",
                                                      "clip", "weight_decay", "dtype")}

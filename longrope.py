@@ -14,7 +14,7 @@ import argparse
 import functools
 import gzip
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
@@ -232,8 +232,8 @@ class Rope:
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-# Exact kernels, the fastest first, as tests/bench_peers.py measures them on an H100. PyTorch's own are four;
-# flash-attn-4 and flash-attn (2, for older GPUs) are packages, used if they are installed.
+# Exact kernels, the fastest first. Four are PyTorch's own; flash-attn-4 and flash-attn (2, for older GPUs) are packages
+# that are used if they are installed.
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 KERNELS = ("flash-attn-4", "cudnn", "flash-attn-2", *list(SDPA)[1:])
@@ -248,7 +248,8 @@ def attention(q, k, v):
     queries, keys = q.shape[1], k.shape[1]
     assert queries <= keys, f"{queries} queries for {keys} keys"
     chunk = 1 < queries < keys  # SDPA's is_causal would take the queries for the first ones
-    kernel = "math" if queries == 1 else attention_kernel(q.device.type, q.dtype, q.shape[-1], chunk)
+    grouped = q.shape[2] != k.shape[2]
+    kernel = None if queries == 1 else attention_kernel(q.device.type, q.dtype, q.shape[-1], grouped, chunk)
     if kernel == "flash-attn-4":
         return flash_attn_4(q, k, v)[0]
     if kernel == "flash-attn-2":
@@ -258,34 +259,34 @@ def attention(q, k, v):
     if chunk and kernel == "flash":  # this operator's is_causal takes them for the last ones
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].transpose(1, 2)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if chunk else None
-    with sdpa_kernel(SDPA[kernel]) if queries > 1 else nullcontext():
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < queries == keys,
-                                             enable_gqa=q.shape[1] != k.shape[1])
+    with sdpa_kernel(SDPA[kernel]) if kernel else nullcontext():  # for a single query PyTorch chooses
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < queries == keys, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
 @functools.cache
-def attention_kernel(device, dtype, head_dim, chunk=False):
+def attention_kernel(device, dtype, head_dim, grouped, chunk=False):
     """The name of the first of KERNELS that runs there, or of the forced one; for the record too, since kernels differ
-    in their last bits. chunk: is it for fewer queries than keys? device: its type. Raises UserError if none does."""
-    cuda = device == "cuda" and dtype != torch.float32
+    in their last bits. device: its type. grouped: are there more query heads than key heads? chunk: is it for fewer
+    queries than keys? Raises UserError if none does."""
+    half = device == "cuda" and dtype != torch.float32
+    capability = torch.cuda.get_device_capability() if half else (0, 0)
     for kernel in [forced_kernel] if forced_kernel else KERNELS:
         match kernel:
             case "flash-attn-4":
-                works = cuda and head_dim % 8 == 0 and head_dim <= 128 and is_installed("flash_attn.cute") and (
-                    torch.cuda.get_device_capability() >= (9, 0))
+                works = capability >= (9, 0) and head_dim % 8 == 0 and head_dim <= 128 and is_installed(kernel)
             case "flash-attn-2":
-                works = cuda and head_dim % 8 == 0 and is_installed("flash_attn.flash_attn_interface")
+                works = capability >= (8, 0) and head_dim % 8 == 0 and is_installed("flash-attn")
             case "cudnn" | "efficient" if chunk:
                 works = False  # they would need a T x T mask
             case "flash" if chunk:
-                works = cuda
+                works = capability >= (8, 0)
             case _:
-                works = sdpa_runs(SDPA[kernel], device, dtype, head_dim)
+                works = sdpa_runs(SDPA[kernel], device, dtype, head_dim, grouped)
         if works:
             return kernel
-    raise UserError(f"attention {forced_kernel}: not for {device}, {str(dtype).removeprefix('torch.')} and head_dim "
-                    f"{head_dim} here, or not installed")
+    raise UserError(f"attention {forced_kernel}: not for {device}, {str(dtype).removeprefix('torch.')}, head_dim "
+                    f"{head_dim}{', grouped heads' * grouped}{', a part of a sequence' * chunk} here, or not installed")
 
 
 def use_attention(name):
@@ -295,22 +296,23 @@ def use_attention(name):
     attention_kernel.cache_clear()
 
 
-def is_installed(module):
+def is_installed(package):
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+        return bool(importlib.metadata.version(package))  # reads its metadata: an import can fail, or take seconds
+    except importlib.metadata.PackageNotFoundError:
         return False
 
 
-def sdpa_runs(backend, device, dtype, head_dim):
-    x = torch.empty(1, 1, 16, head_dim, device=device, dtype=dtype)
+def sdpa_runs(backend, device, dtype, head_dim, grouped):
+    q = torch.empty(1, 2, 16, head_dim, device=device, dtype=dtype, requires_grad=True)
+    k = q[:, :1] if grouped else q
     with sdpa_kernel(backend), warnings.catch_warnings(), suppress(RuntimeError):  # "No viable backend"
         warnings.simplefilter("ignore")  # the reasons why
-        return torch._fused_sdp_choice(x, x, x, is_causal=True) == backend.value  # asks, runs nothing
+        return torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=grouped) == backend.value  # runs nothing
 
 
-# A custom operator, so that torch.compile and selective checkpointing see it as one; it returns the log-sum-exp too,
-# which with the output is all that its backward pass needs.
+# A custom operator, so that selective checkpointing sees it as one. It returns the log-sum-exp too: that and the output
+# are all its backward pass needs.
 @torch.library.custom_op("longrope::flash_attn_4", mutates_args=())
 def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """flash-attn-4's causal attention of the last queries: the output (B, T, H, D) and the log-sum-exp (B, H, T)."""
@@ -528,29 +530,35 @@ class Block(nn.Module):
         needed: the MLP's activations, 3.5 C wide in a Llama-3-8B, never exist for the whole sequence."""
         before, after = (self.before, self.after) if x.shape[1] > 1 else (
             Block.before.__get__(self), Block.after.__get__(self))  # decoding stays uncompiled
-        if not (cache or torch.is_grad_enabled()) and x.numel() >= AT_ONCE:
-            return self.head_by_head(x, cos, sin)
-        chunk = x.shape[1] if torch.is_grad_enabled() else CHUNK
+        training = torch.is_grad_enabled() and (x.requires_grad or self.input_layernorm.weight.requires_grad)
+        queries = x.shape[0] * x.shape[1] * self.self_attn.q_proj.out_features
+        if queries >= AT_ONCE and not (cache or training):
+            return self.some_heads_at_a_time(x, cos, sin)
+        chunk = x.shape[1] if training else CHUNK
         q, k, v = joined(map(before, x.split(chunk, 1), cos.split(chunk), sin.split(chunk)))
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
         del q, k, v
         return joined((part,) for part in map(after, x.split(chunk, 1), out.split(chunk, 1)))[0]
 
-    def head_by_head(self, x, cos, sin):
+    def some_heads_at_a_time(self, x, cos, sin):
         """The same for a sequence so long that the queries of all heads would not fit beside it, or be 2^31 numbers
-        and more, which kernels cannot count: one key head at a time, its part of o_proj's sum added to the result."""
-        y, heads = x.clone(), self.self_attn.kv_heads
-        for head in range(heads):
-            q, k, v = joined(self.self_attn.qkv(self.input_layernorm(part), *angles, slice(head, head + 1))
+        and more, which kernels cannot count: a few key heads at a time, their part of o_proj's sum added to the
+        result."""
+        y, attn = x.clone(), self.self_attn
+        width = attn.q_proj.out_features // attn.kv_heads  # of the queries that share a key head
+        step = max(1, (AT_ONCE - 1) // (x.shape[0] * x.shape[1] * width))
+        for first in range(0, attn.kv_heads, step):
+            heads = slice(first, first + step)
+            q, k, v = joined(attn.qkv(self.input_layernorm(part), *angles, heads)
                              for part, *angles in zip(x.split(CHUNK, 1), cos.split(CHUNK), sin.split(CHUNK)))
             out = attention(q, k, v).flatten(2)
             del q, k, v
-            columns = self.self_attn.o_proj.weight.chunk(heads, 1)[head]
+            columns = attn.o_proj.weight[:, first * width:(first + step) * width]
             for part, part_out in zip(y.split(CHUNK, 1), out.split(CHUNK, 1)):
                 part += F.linear(part_out, columns)
         for part in y.split(CHUNK, 1):
-            if self.self_attn.o_proj.bias is not None:
-                part += self.self_attn.o_proj.bias
+            if attn.o_proj.bias is not None:
+                part += attn.o_proj.bias
             part += self.mlp(self.post_attention_layernorm(part))
         return y
 
@@ -562,7 +570,7 @@ def joined(parts):
 
 
 def compile_blocks(model, **options):
-    """torch.compile for what lies between the attention calls: one graph for every layer, rope and length."""
+    """torch.compile for what lies between the attention calls: two graphs, for every layer, rope and length."""
     def fuse(function, *token_dims):
         compiled = torch.compile(function, **options)
 
@@ -667,6 +675,8 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # kernels are chosen for, and started on, the current one
     except (RuntimeError, AssertionError) as e:  # of a PyTorch without CUDA
         raise UserError(f"device {device}: {str(e).splitlines()[0]}") from None
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -1029,15 +1039,22 @@ def versions():
             "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores {platform.machine()}"}
 
 
-def describe(model, args):
-    """What must agree, among other things, for rows of two runs to stand in one table."""
-    sample = hashlib.sha256()  # of a little of every tensor: quick, and any training changes it
+def weights_hash(model):
+    """Of a little of every tensor: quick, and any training changes it."""
+    sample = hashlib.sha256()
     for p in model.parameters():
         sample.update(p.flatten()[:1024].double().cpu().numpy().tobytes())
-    w = model.unembedding
-    return {"model": str(args.model), "weights_sha256": sample.hexdigest(),
+    return sample.hexdigest()
+
+
+def describe(model, args):
+    """What must agree, among other things, for rows of two runs to stand in one table."""
+    w, c = model.unembedding, model.config
+    return {"model": str(args.model), "weights_sha256": weights_hash(model),
             "dtype": str(w.dtype).removeprefix("torch."), "versions": versions(),
-            "attention": attention_kernel(w.device.type, w.dtype, model.config.head_dim)}
+            "compiled": "before" in vars(model.model.layers[0]),
+            "attention": attention_kernel(w.device.type, w.dtype, c.head_dim,
+                                          c.num_attention_heads != c.num_key_value_heads)}
 
 
 def join_processes(device=None):

@@ -197,7 +197,7 @@ def promising(children, nlls, count):
     """
     totals = {i: total for i, nll in nlls.items() if nll and (total := math.fsum(nll)) < math.inf}
     best = sorted(totals, key=totals.get)[:200]
-    if not best:
+    if not (best and children):
         return children[:count]
 
     def features(individuals):  # (N, D/2 + 2), so scaled that a step in each matters alike
@@ -228,7 +228,7 @@ def hopeless(nll, parents, num_parents):
     more than the worst parent is on all n, plus one standard error sigma sqrt(1/m - 1/n), where sigma is how much the
     parents' own differences vary from document to document. Until there are k parents nobody is dropped.
     """
-    if len(parents) < num_parents:
+    if len(parents) < num_parents or not np.isfinite(parents).all():
         return False
     m, parents = len(nll), np.array(parents)  # (k, n)
     mean = parents.mean(axis=0)
@@ -573,7 +573,7 @@ def parser():
                    help="make N times as many mutants and children and evaluate those that a Gaussian process on all "
                    "evaluated before finds most promising; 1 is the paper's search (default: 64)")
     p.add_argument("--no-racing", dest="racing", action="store_false",
-                   help="evaluate every candidate on all documents, to the letter of the paper")
+                   help="evaluate every candidate on all documents; with --screening 1 to the letter of the paper")
     p.add_argument("--max-evals", type=int, help="stop after so many candidates (default: no limit)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/search-LEN)")
     p.add_argument("--resume", action="store_true", help="go on from history.jsonl in --out")

@@ -187,7 +187,7 @@ def two_million(table, layers=2, tokens=2**21):
     ids = torch.randint(256, (1, tokens), device="cuda")
     flops = forward_flops(model, tokens)
     with torch.inference_mode():
-        kernel = attention_kernel("cuda", torch.bfloat16, 128)
+        kernel = attention_kernel("cuda", torch.bfloat16, 128, True)
         table.add(f"Llama-3-8B, {layers} layers, {tokens}", kernel, tokens, flops,
                   lambda: model.hidden(ids)[0, -8:].clone(), repeats=1)
 

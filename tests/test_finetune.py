@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 import finetune
 from finetune import batch_of, learning_rate, segments
-from longrope import Rope, UserError, compile_blocks, load_model, load_tokenizer, read_documents, run
+from longrope import Rope, UserError, compile_blocks, load_model, load_tokenizer, read_documents, run, use_attention
 
 LENGTH, STEPS = 2 * WINDOW, 16
 
@@ -311,7 +311,7 @@ class CountAttention(TorchDispatchMode):
         self.forward = self.backward = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.forward += op in finetune.ATTENTION_OPS
+        self.forward += op in finetune.attention_ops()
         self.backward += "attention" in str(op) and "backward" in str(op)
         return op(*args, **(kwargs or {}))
 
@@ -359,6 +359,14 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(tiny, inputs, tmp_pat
         run(lambda: finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"]), finetune.REMEDY)
     line = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and "out of memory, Tried to allocate 2.00 GiB" in line and "--micro-batch-size" in line
+
+
+def test_a_kernel_can_be_forced(tiny, inputs, tmp_path, capsys, finetuned):
+    try:
+        finetune.main([*command(tiny, inputs, tmp_path), "--steps", "1", "--attention", "math"])
+    finally:
+        use_attention(None)
+    assert read_lines(tmp_path / "log.jsonl")[0]["loss"] > 0
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(tiny, inputs, tmp_path, finetuned, capsys):

@@ -34,6 +34,7 @@ from longrope import (
     attention,
     compile_blocks,
     data_hash,
+    generate,
     load_model,
     load_tokenizer,
     read_documents,
@@ -200,8 +201,10 @@ def test_other_packages_kernels_get_what_they_need_and_their_gradients_arrive(mo
 @pytest.fixture
 def gpu_with_everything(monkeypatch):
     """What `attention_kernel` asks the machine, answered as an H100 with both packages does."""
-    monkeypatch.setattr(longrope, "is_installed", lambda module: True)
-    monkeypatch.setattr(longrope, "sdpa_runs", lambda backend, device, dtype, head_dim: True)
+    monkeypatch.setattr(longrope, "is_installed", lambda package: True)
+    monkeypatch.setattr(longrope, "sdpa_runs", lambda backend, device, dtype, head_dim, grouped: (
+        dtype != torch.float32 if backend != SDPBackend.EFFICIENT_ATTENTION else not grouped) or (
+        backend == SDPBackend.MATH))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     use_attention(None)
     yield monkeypatch
@@ -209,20 +212,23 @@ def gpu_with_everything(monkeypatch):
 
 
 def test_the_fastest_kernel_that_runs_is_taken(gpu_with_everything):
-    def kernel(dtype=torch.bfloat16, chunk=False, head_dim=64, device="cuda"):
+    def kernel(dtype=torch.bfloat16, chunk=False, head_dim=64, device="cuda", grouped=True):
         longrope.attention_kernel.cache_clear()
-        return longrope.attention_kernel(device, dtype, head_dim, chunk)
+        return longrope.attention_kernel(device, dtype, head_dim, grouped, chunk)
     assert kernel() == kernel(chunk=True) == "flash-attn-4"
-    assert kernel(torch.float32) == "cudnn" and kernel(torch.float32, chunk=True) == "math"
+    assert kernel(torch.float32) == kernel(torch.float32, chunk=True) == "math"
+    assert kernel(torch.float32, grouped=False) == "efficient"
     assert kernel(head_dim=80) == "flash-attn-4" and kernel(head_dim=256) == "cudnn"
     gpu_with_everything.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert kernel() == "cudnn" and kernel(chunk=True) == "flash-attn-2"
-    gpu_with_everything.setattr(longrope, "is_installed", lambda module: False)
+    gpu_with_everything.setattr(longrope, "is_installed", lambda package: package == "flash-attn-2")
     assert kernel() == "cudnn" and kernel(chunk=True) == "flash"
     gpu_with_everything.setattr(longrope, "sdpa_runs", lambda backend, *_: backend == SDPBackend.MATH)
     assert kernel() == "math" and kernel(device="cpu") == "math"
+    gpu_with_everything.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert kernel(chunk=True) == "math"
     use_attention("flash-attn-4")
-    with pytest.raises(UserError, match="attention flash-attn-4: not for cuda, bfloat16 and head_dim 64 here"):
+    with pytest.raises(UserError, match="attention flash-attn-4: not for cuda, bfloat16, head_dim 64, grouped heads"):
         kernel()
 
 
@@ -232,13 +238,13 @@ def test_a_forced_kernel_is_the_one_that_is_used_and_one_that_cannot_run_is_one_
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: [used.append(
         torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()), plain(*a, **k)][1])
     logits = bundled.model(tokens)
-    assert not any(used[-6:])
+    assert len(used) == 6 and not any(used)  # the probe runs nothing
     try:
         use_attention("math")
         assert_close(bundled.model(tokens), logits, atol=1e-3, rtol=1e-3)
-        assert all(used[-6:])
+        assert len(used) == 12 and all(used[6:])
         use_attention("cudnn")
-        with pytest.raises(UserError, match="attention cudnn: not for cpu, float32 and head_dim 64 here"):
+        with pytest.raises(UserError, match="attention cudnn: not for cpu, float32, head_dim 64, grouped heads here"):
             bundled.model(tokens)
     finally:
         use_attention(None)
@@ -256,19 +262,37 @@ def test_chunks_of_tokens_give_the_same_logits(bundled, monkeypatch):
     assert sizes == [64, 64, 64, 8] * 6
 
 
-def test_one_key_head_at_a_time_gives_the_same_logits(tmp_path, monkeypatch):
-    hf = save_tiny(tmp_path, num_key_value_heads=2, attention_bias=True)
-    model, tokens = load_model(tmp_path, device="cpu"), random_tokens(100)
-    used = []
-    monkeypatch.setattr(longrope, "attention", lambda q, k, v, plain=attention: [used.append(
-        (q.shape[2], k.shape[2])), plain(q, k, v)][1])
+@pytest.mark.parametrize("kv_heads, at_once, calls", [(2, 100 * 128 + 1, [(2, 1), (2, 1)]),
+                                                      (4, 100 * 3 * 64 + 1, [(3, 3), (1, 1)])])
+def test_some_heads_at_a_time_give_the_same_logits(tmp_path, monkeypatch, kv_heads, at_once, calls):
+    hf = save_tiny(tmp_path, num_key_value_heads=kv_heads, attention_bias=True)
+    model, tokens, used = load_model(tmp_path, device="cpu"), random_tokens(100), []
+    monkeypatch.setattr(longrope, "attention", lambda q, k, v: [used.append(
+        (q.shape[2], k.shape[2])), attention(q, k, v)][1])
     monkeypatch.setattr(longrope, "CHUNK", 64)
-    with torch.inference_mode():
-        whole = model(tokens)
-        monkeypatch.setattr(longrope, "AT_ONCE", 100 * 128)
-        assert_close(model(tokens), whole, atol=1e-4, rtol=1e-4)
-    assert used == [(4, 2)] * 2 + [(2, 1)] * 4
+    whole = model(tokens)
+    monkeypatch.setattr(longrope, "AT_ONCE", at_once)
+    assert_close(model(tokens), whole, atol=1e-4, rtol=1e-4)
+    assert used == [(4, kv_heads)] * 2 + calls * 2
     assert_same_logits(whole, hf_logits(hf, tokens))
+    model.requires_grad_(True)
+    assert model(tokens).requires_grad and used[-1] == (4, kv_heads)  # training keeps all heads
+
+
+def test_decoding_stays_uncompiled(bundled):
+    compiled = []
+    model = load_model(bundled.path, device="cpu")
+    expected = generate(model, random_tokens(40)[0], 4)
+    torch._dynamo.reset()
+    compile_blocks(model, backend=lambda graph, inputs: [compiled.append(graph), graph][1])
+    assert generate(model, random_tokens(40)[0], 1) == expected[:1]
+    prompt = len(compiled)
+    assert prompt > 0 and generate(model, random_tokens(40)[0], 4) == expected and len(compiled) == prompt
+    torch._dynamo.reset()
+
+
+def test_a_package_is_looked_for_without_importing_it():
+    assert longrope.is_installed("pytest") and not longrope.is_installed("no-such-package")
 
 
 def test_layers_ropes_and_lengths_share_one_graph(bundled):

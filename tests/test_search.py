@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -390,13 +391,24 @@ def test_screening_keeps_those_that_turn_out_to_be_good():
     assert np.mean([place(c) for c in kept]) < 0.15 * len(children)  # by chance it is half
 
 
-def test_screening_does_not_depend_on_threads_nor_on_who_was_dropped():
+def test_screening_sees_n_hat_and_is_not_misled_by_those_that_are_far_off():
+    rng = np.random.default_rng(1)
+    made = search.unseen(lambda: replace(mutate(rng, STARTS[1], 0.02, space(10.0)), n_hat=int(rng.choice(N_HAT))), 500,
+                         set())
+    nlls = {c: [10.0 - math.log2(1 + c.n_hat)] for c in made[:250]}
+    nlls |= {c: [1e6] for c in made[250:320]}  # more than 200 in all, and these would drown the others
+    assert {c.n_hat for c in promising(made[320:], nlls, 10)} <= {128, 256}
+
+
+def test_screening_runs_in_one_thread_whoever_was_dropped(monkeypatch):
     children, nlls = screened()
-    threads, kept = torch.get_num_threads(), promising(children, nlls, 15)
+    threads, kept, inside = torch.get_num_threads(), promising(children, nlls, 15), []
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda x, plain=torch.linalg.cholesky: [
+        inside.append(torch.get_num_threads()), plain(x)][1])
     try:
         torch.set_num_threads(3)
         assert promising(children, nlls | {children[0]: None}, 15) == kept
-        assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3 and set(inside) == {1}
     finally:
         torch.set_num_threads(threads)
 
@@ -405,7 +417,7 @@ def test_screening_does_not_depend_on_threads_nor_on_who_was_dropped():
 def test_screening_with_little_to_go_by_still_gives_so_many(values):
     children, nlls = screened(20)
     known = {c: value if value is None else [value] for c, value in zip(nlls, values)}
-    assert len(set(promising(children, known, 7))) == 7
+    assert len(set(promising(children, known, 7))) == 7 and promising([], known, 7) == []
 
 
 def test_screening_needs_fewer_evaluations():
@@ -428,6 +440,7 @@ def test_screening_needs_fewer_evaluations():
     ([9.0], [[1.0, 1.0], [2.0, 2.0]], 3, False),  # fewer than k parents: anyone may become one
     ([9.0], [], 3, False),
     ([math.inf], [[1.0, 1.0], [2.0, 2.0]], 2, True),
+    ([9.0], [[1.0, 1.0], [math.inf, 2.0]], 2, False),
 ])
 def test_racing_drops_who_would_need_luck_to_become_a_parent(nll, parents, k, dropped):
     assert hopeless(nll, parents, k) is dropped

@@ -167,13 +167,21 @@ def recompute(model):
 
 
 def shard(model, device, compute_dtype):
-    """FSDP2: fp32 masters and gradient reduction, each block's weights gathered in compute_dtype when they are used."""
+    """FSDP2: fp32 masters and gradient reduction, each block's weights gathered in compute_dtype when they are used.
+
+    Only the first process has read the weights; the others' lie on the meta device until each is sent its shards.
+    """
+    weights = model.state_dict() if rank() == 0 else {}
+    model.to("meta")
     options = {"mesh": init_device_mesh(device.type, (world_size(),)), "mp_policy": MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}  # cos and sin stay float32
     for block in model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "hidden")
+    model.to_empty(device=device)
+    states.set_model_state_dict(model, weights, options=states.StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
 
 
 def loss_of(model, tokens, compute_dtype, context=None):
@@ -404,12 +412,13 @@ def main(argv=None):
     args = parser().parse_args(argv)
     join_processes(args.device)
     use_attention(args.attention)
-    # where the model is sharded no device has to hold all of it
-    model = load_model(args.model, "config", None, "cpu" if dist.is_initialized() else args.device, torch.float32,
-                       sliding_window=args.sliding_window, compile=False)
+    # where the model is sharded no device has to hold all of it, and one process alone reads it (see shard)
+    model = load_model(args.model, "config", None, ("meta" if rank() else "cpu") if dist.is_initialized() else
+                       args.device, torch.float32, args.sliding_window, compile=False)
     device = model.unembedding.device
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
+    if dist.is_initialized():
+        nccl = dist.get_backend() == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
     rope, out = complete(args, model, device), args.out
     bos, eos = (model.config.hf.get(k) for k in ("bos_token_id", "eos_token_id"))
     if not (isinstance(bos, int) and isinstance(eos, int)):
@@ -427,7 +436,10 @@ def main(argv=None):
     read = partial(read_documents, args.data, 5 * args.len)
     data, source = tokenised(read, tokenizer, args.len, bos, eos, out)
     say(f"{len(data)} segments")
-    identity = {"model": weights_hash(model), "data": source,
+    weights = [weights_hash(model) if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(weights)
+    identity = {"model": weights[0], "data": source,
                 "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest()}
     identity |= {key: getattr(args, key) for key in ("len", "seed", "batch_size", "steps", "lr", "schedule", "warmup",
                                                      "clip", "weight_decay", "dtype")}

@@ -666,9 +666,9 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     """The model in a Hugging Face directory or on the Hub, in eval mode.
 
     rope: None = what the directory says (its rope.json before its config), "config" = its config alone, a Rope, a path
-    to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu.
-    dtype: bfloat16 on cuda, float32 on cpu. sliding_window: False lets Mistral's tokens attend to all before them.
-    compile: torch.compile what lies between the attention calls (None: on cuda).
+    to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu; "meta"
+    reads no weights. dtype: bfloat16 on cuda, float32 on cpu. sliding_window: False lets Mistral's tokens attend to all
+    before them. compile: torch.compile what lies between the attention calls (None: on cuda).
     Raises UserError.
     """
     path = model_directory(path)
@@ -688,7 +688,7 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     with torch.device("meta"):
         model = Llama(config)
     state, parts = {}, stored_names(model)
-    for name, tensor in read_weights(path, device, dtype):
+    for name, tensor in read_weights(path, device, dtype) if device.type != "meta" else ():
         rows = [model.get_parameter(ours).shape[0] for ours in parts.get(name, ())]
         if len(rows) > 1 and tensor.shape[:1] != (sum(rows),):
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, this config needs {sum(rows)} rows")
@@ -696,7 +696,7 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)  # some checkpoints hold the tied matrix twice
     try:
-        model.load_state_dict(state, strict=True, assign=True)
+        model.load_state_dict(state, strict=device.type != "meta", assign=True)
     except RuntimeError as e:  # missing, unexpected or wrongly shaped tensors
         raise UserError(f"{path}: " + " ".join(str(e).split())[:300]) from None
     model.path = path

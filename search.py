@@ -367,53 +367,73 @@ def perplexity_of(nlls, found):
 
 
 def start_of(args, model, init):
-    """(starts, space, make_rope, ropes to compare with) of the search that the arguments ask for.
+    """(starts, space, make_rope, ropes to compare with) of the search that the arguments ask for. init: the rope of
+    --init, or None."""
+    return recovery(args, model, init) if args.short else extension(args, model, init)
 
-    init: the rope of --init, or None. Second-stage factors multiply: lambda = lambda_finetuned * lambda_second.
-    """
+
+def extension(args, model, init):
+    """A longer window: a first stage from the factors that the model was trained with, or a second one from those of
+    --init. Factors found are multiplied onto them: lambda = lambda_finetuned * lambda_second."""
     trained = model.config.rope.trained
     base = init or trained
-    window = round(base.scale * model.window)  # the window to start from
+    window = round(base.scale * model.window)
     scale = args.len / window
-    if args.short and args.len >= window:
-        raise UserError(f"--short --len {args.len}: the long set would never be used, it is for {window} tokens")
-    if args.short:
-        scale = max(min(base.scale, 5.0), *trained.rescale_factors)  # Llama 3.1's own factors reach 8
-    elif scale <= 1:
+    if scale <= 1:
         raise UserError(f"--len {args.len}: nothing to extend, the window is {window} already")
-    total_scale = base.scale if args.short else scale * base.scale
+    total_scale = scale * base.scale
     attention, attention_range = attention_factors(args, total_scale, model.window)
+    short = base.short or trained
 
-    def extended(rope):  # base with the factors of `rope` on top
+    def extended(rope):
         return replace(base, rescale_factors=base.times(rope).rescale_factors, scale=total_scale)
-    named = {name: getattr(Rope, name)(model.config.head_dim, base.rope_theta, window, scale) for name in BASELINES}
-
-    n_hat = args.n_hat if args.n_hat is not None else base.n_hat
-
-    largest = round(1.25 * scale, 2)
-
-    def start(name, rope):  # put into the space, whatever it was
-        factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, largest))
-        return Individual(tuple(np.round(factors, 2).tolist()), n_hat, attention, name)
-    starts = [start(name, rope) for name, rope in named.items()]
-    others = {"none": base} | {
-        name: replace(extended(rope), attention_factor=yarn_factor(total_scale) if name == "yarn" else
-                      base.attention_factor) for name, rope in named.items()}
 
     def make_rope(individual):
-        if args.short:
-            short = Rope(individual.factors, base.rope_theta, model.window, 1.0, individual.n_hat,
-                         individual.attention_factor)
-            return replace(base, short=short, short_max_length=max(args.len, model.window))
         rope = extended(replace(base, rescale_factors=individual.factors))
-        return replace(rope, n_hat=individual.n_hat, attention_factor=individual.attention_factor,
-                       short=base.short or trained, short_max_length=base.short_max_length or model.window)
-    if args.short:
-        starts = [start("none", trained), start("long", base), *starts]
-        others = {"none": trained, "long": replace(base, short=None)}
-    n_hats = N_HAT if args.n_hat is None else (args.n_hat,)
+        return replace(rope, n_hat=individual.n_hat, attention_factor=individual.attention_factor, short=short,
+                       short_max_length=base.short_max_length or model.window)
+    named = formulas(model, window, scale)
+    compared = {"none": base} | {
+        name: replace(extended(rope), attention_factor=yarn_factor(total_scale) if name == "yarn" else
+                      base.attention_factor) for name, rope in named.items()}
+    starts, space = into_space(args, named, base.n_hat, scale, attention, attention_range)
+    return starts, space, make_rope, compared
+
+
+def recovery(args, model, init):
+    """The short set of --init, which a model fine-tuned for a longer window takes up to --len tokens. lambda goes up to
+    min(s, 5), with the same margin as elsewhere, or as far as the factors that the model was trained with."""
+    trained, window = model.config.rope.trained, round(init.scale * model.window)
+    if args.len >= window:
+        raise UserError(f"--short --len {args.len}: the long set would never be used, it is for {window} tokens")
+    scale = max(min(init.scale, 5.0), *trained.rescale_factors)  # Llama 3.1's own factors reach 8
+    attention, attention_range = attention_factors(args, init.scale, model.window)
+
+    def make_rope(individual):
+        short = Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
+                     individual.attention_factor)
+        return replace(init, short=short, short_max_length=max(args.len, model.window))
+    known = {"none": trained, "long": replace(init, short=None)}
+    starts, space = into_space(args, known | formulas(model, window, scale), init.n_hat, scale, attention,
+                               attention_range)
+    return starts, space, make_rope, known
+
+
+def formulas(model, window, scale):
+    """PI, NTK and YaRN from a window, in tokens, to `scale` times it."""
+    rope = model.config.rope
+    return {name: getattr(Rope, name)(model.config.head_dim, rope.rope_theta, window, scale) for name in BASELINES}
+
+
+def into_space(args, ropes, n_hat, scale, attention, attention_range):
+    """(individuals, space): the ropes as first individuals, put into the space whatever they were."""
+    largest, n_hat = round(1.25 * scale, 2), args.n_hat if args.n_hat is not None else n_hat
+    starts = []
+    for name, rope in ropes.items():
+        factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, largest))
+        starts.append(Individual(tuple(np.round(factors, 2).tolist()), n_hat, attention, name))
     starts = list(dict.fromkeys(starts))  # two can be the same, as long factors that are PI's
-    return starts, Space(largest, n_hats, attention_range), make_rope, others
+    return starts, Space(largest, N_HAT if args.n_hat is None else (args.n_hat,), attention_range)
 
 
 def attention_factors(args, scale, window):

@@ -326,6 +326,12 @@ def test_utilisation_is_of_all_gpus_peak(monkeypatch):
 # Checkpoints
 
 
+def test_on_the_meta_device_no_weights_are_read(tiny, monkeypatch):
+    monkeypatch.setattr(longrope, "read_weights", None)
+    model = load_model(tiny, device="meta")
+    assert all(p.is_meta for p in model.parameters()) and model.window == WINDOW and model.path == tiny
+
+
 def test_save_and_load_give_back_the_weights_and_the_rope(tiny, tmp_path):
     tokens = random_tokens(3 * WINDOW)
     for rope in (None, Rope.longrope(random_factors(1, 4), 10000.0, WINDOW, 4.0, n_hat=5)):

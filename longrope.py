@@ -666,7 +666,7 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     """The model in a Hugging Face directory or on the Hub, in eval mode.
 
     rope: None = what the directory says (its rope.json before its config), "config" = its config alone, a Rope, a path
-    to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu; "meta"
+    to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu; meta
     reads no weights. dtype: bfloat16 on cuda, float32 on cpu. sliding_window: False lets Mistral's tokens attend to all
     before them. compile: torch.compile what lies between the attention calls (None: on cuda).
     Raises UserError.

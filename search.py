@@ -414,7 +414,7 @@ def recovery(args, model, init):
                      individual.attention_factor)
         return replace(init, short=short, short_max_length=max(args.len, model.window))
     known = {"none": trained, "long": replace(init, short=None)}
-    starts, space = into_space(args, known | formulas(model, window, scale), init.n_hat, scale, attention,
+    starts, space = into_space(args, known | formulas(model, model.window, scale), init.n_hat, scale, attention,
                                attention_range)
     return starts, space, make_rope, known
 

@@ -347,7 +347,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(p)
     p.add_argument("--rope", help="rope.json, or none, pi, ntk, yarn (default: what the model's directory says; for "
-                   "the bundled model out/search-LEN/rope.json or else assets/rope.json)")
+                   "the bundled model out/search-LEN/rope.json or else, at 8 times its window, assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
                    help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
@@ -402,10 +402,15 @@ def complete(args, model, device):
     if args.checkpointing is None:
         tokens = min(args.micro_batch_size, args.batch_size // groups) * args.len // args.context_parallel
         args.checkpointing = tokens * config.num_hidden_layers * config.hidden_size > 5e8
-    searched = [Path(f"out/search-{target}/rope.json"), BUNDLED_MODEL.parent / "rope.json"]
-    if not args.rope and Path(args.model).resolve() == BUNDLED_MODEL and target == 8 * model.window:
+    searched = [Path(f"out/search-{target}/rope.json")] + [BUNDLED_MODEL.parent / "rope.json"] * (
+        target == 8 * model.window)
+    if not args.rope and Path(args.model).resolve() == BUNDLED_MODEL:
         args.rope = next((str(path) for path in searched if path.is_file()), None)
-    return resolve_rope(args.rope, model, max(target, args.len))
+    rope = resolve_rope(args.rope, model, max(target, args.len))
+    if not args.rope and args.len > rope.scale * model.window:
+        raise UserError(f"--len {args.len}: the model's own factors are for {round(rope.scale * model.window)} tokens; "
+                        f"search some (search.py --len {args.len}) and give --rope, or --rope none to go without")
+    return rope
 
 
 def main(argv=None):

@@ -369,6 +369,23 @@ def test_a_kernel_can_be_forced(tiny, inputs, tmp_path, capsys, finetuned):
     assert read_lines(tmp_path / "log.jsonl")[0]["loss"] > 0
 
 
+def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bundled, tmp_path, monkeypatch):
+    def rope_for(*given):
+        args = finetune.parser().parse_args(given)
+        return finetune.complete(args, bundled.model, torch.device("cpu")), args.rope
+    monkeypatch.chdir(tmp_path)
+    committed = bundled.path.parent / "rope.json"
+    assert rope_for() == rope_for("--len", "8192") == (Rope.load(committed), str(committed))
+    with pytest.raises(UserError, match=r"--len 2048: the model's own factors are for 1024 tokens; search some"):
+        rope_for("--len", "2048")
+    assert set(rope_for("--len", "2048", "--rope", "none")[0].rescale_factors) == {1.0}
+    assert rope_for("--len", "1024")[0] == bundled.model.config.rope
+    found = tmp_path / "out" / "search-2048" / "rope.json"
+    found.parent.mkdir(parents=True)
+    Rope.named("yarn:2", bundled.model.config, 2048).save(found)
+    assert rope_for("--len", "2048") == (Rope.load(found), "out/search-2048/rope.json")
+
+
 def test_resume_without_a_checkpoint_starts_at_the_beginning(tiny, inputs, tmp_path, finetuned, capsys):
     finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu", "--resume", "--steps", "2", "--warmup", "0",
                    "--lr", "1e-3"])

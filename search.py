@@ -594,7 +594,8 @@ def parser():
                    "evaluated before finds most promising; 1 is the paper's search (default: 64)")
     p.add_argument("--no-racing", dest="racing", action="store_false",
                    help="evaluate every candidate on all documents; with --screening 1 to the letter of the paper")
-    p.add_argument("--max-evals", type=int, help="stop after so many candidates (default: no limit)")
+    p.add_argument("--max-evals", type=int, help="stop after so many candidates, the first population among "
+                   "them (default: no limit)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/search-LEN)")
     p.add_argument("--resume", action="store_true", help="go on from history.jsonl in --out")
     p.add_argument("--export", type=Path, metavar="DIR",

@@ -275,6 +275,13 @@ def test_a_rope_json_that_is_no_json_object_is_the_users_mistake(tmp_path, text)
         Rope.load(tmp_path / "nowhere.json")
 
 
+def test_a_rope_that_is_no_file_is_the_users_mistake(tmp_path, tiny):
+    for rope, said in (("yarm", "rope yarm: neither none, pi, ntk, yarn or config nor a rope.json file$"),
+                       (str(tmp_path), "nor a rope.json file; a model's directory is for --model$")):
+        with pytest.raises(UserError, match=said):
+            load_model(tiny, rope, device="cpu")
+
+
 def test_a_rope_for_another_head_dim_theta_or_window_is_the_users_mistake(tmp_path, tiny):
     other = Rope.longrope([2.0] * 16, 10000.0, WINDOW, 4.0)
     other.save(tmp_path / "rope.json")

@@ -23,16 +23,14 @@ from eval_ppl import ROPES, SCALES, earlier, resolve_ropes, rope_columns, unchan
 from longrope import (
     UserError,
     add_arguments,
+    begin,
     describe,
     generate,
-    join_processes,
-    load_model,
     load_tokenizer,
     rank,
     run,
     say,
     spread,
-    use_attention,
     world_size,
     write_json,
 )
@@ -167,9 +165,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    join_processes(args.device)
-    use_attention(args.attention)
-    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
+    model = begin(args)
     tokenizer = load_tokenizer(args.model)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/passkey-{lengths[-1]}")

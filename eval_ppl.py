@@ -20,12 +20,11 @@ from longrope import (
     NAMED,
     UserError,
     add_arguments,
+    begin,
     data_hash,
     describe,
     forward_flops,
     is_named,
-    join_processes,
-    load_model,
     load_tokenizer,
     rank,
     read_documents,
@@ -34,7 +33,6 @@ from longrope import (
     run,
     say,
     spread,
-    use_attention,
     utilisation,
     window_nll,
     windows,
@@ -199,9 +197,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    join_processes(args.device)
-    use_attention(args.attention)
-    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
+    model = begin(args)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/ppl-{lengths[-1]}")
     ropes = resolve_ropes(args.rope, lengths, model)

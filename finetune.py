@@ -67,6 +67,8 @@ RECIPES = {  # of the paper, section 4.1; None: a short run, of a size for the m
     "mistral": {"lr": 1e-6, "schedule": "constant", "steps": 400, "batch_size": 64, "len": 16384},
 }
 REMEDY = "lower --len or --micro-batch-size, set --checkpointing, or use more processes"  # out of memory
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 

@@ -256,7 +256,7 @@ def attention(q, k, v):
         from flash_attn import flash_attn_func
         return flash_attn_func(q, k, v, causal=True)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens, as SDPA wants them
-    if chunk and kernel == "flash":  # this operator's is_causal takes them for the last ones
+    if chunk and kernel == "flash" and q.is_cuda:  # this operator's is_causal takes them for the last ones
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0].transpose(1, 2)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if chunk else None
     with sdpa_kernel(SDPA[kernel]) if kernel else nullcontext():  # for a single query PyTorch chooses
@@ -279,7 +279,7 @@ def attention_kernel(device, dtype, head_dim, grouped, chunk=False):
                 works = capability >= (8, 0) and head_dim % 8 == 0 and is_installed("flash-attn")
             case "cudnn" | "efficient" if chunk:
                 works = False  # they would need a T x T mask
-            case "flash" if chunk:
+            case "flash" if chunk and device == "cuda":
                 works = capability >= (8, 0)
             case _:
                 works = sdpa_runs(SDPA[kernel], device, dtype, head_dim, grouped)
@@ -311,12 +311,14 @@ def sdpa_runs(backend, device, dtype, head_dim, grouped):
         return torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=grouped) == backend.value  # runs nothing
 
 
+warnings.filterwarnings("ignore", "Argument aux_data")  # of flash-attn-4's compiler, at the first call
+
+
 # A custom operator, so that selective checkpointing sees it as one. It returns the log-sum-exp too: that and the output
 # are all its backward pass needs.
 @torch.library.custom_op("longrope::flash_attn_4", mutates_args=())
 def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """flash-attn-4's causal attention of the last queries: the output (B, T, H, D) and the log-sum-exp (B, H, T)."""
-    warnings.filterwarnings("ignore", "Argument aux_data")  # of its compiler's, at the first call
     from flash_attn.cute.interface import _flash_attn_fwd  # here, as it takes seconds
     out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
     return out, lse
@@ -1067,6 +1069,13 @@ def join_processes(device=None):
             torch.cuda.set_device(gpu)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1),  # a window can take an hour
                                 device_id=gpu)
+
+
+def begin(args):
+    """What the search and the evaluators start with: processes, kernel, and the model with its config's own rope."""
+    join_processes(args.device)
+    use_attention(args.attention)
+    return load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
 
 
 def rank():

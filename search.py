@@ -32,11 +32,10 @@ from longrope import (
     Window,
     add_arguments,
     barrier,
+    begin,
     data_hash,
     describe,
     forward_flops,
-    join_processes,
-    load_model,
     load_tokenizer,
     rank,
     read_documents,
@@ -46,7 +45,6 @@ from longrope import (
     say,
     spread,
     su_factor,
-    use_attention,
     utilisation,
     whole_file,
     window_nll,
@@ -656,9 +654,7 @@ def fill_in(args, model):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    join_processes(args.device)
-    use_attention(args.attention)
-    model = load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
+    model = begin(args)
     tokenizer = load_tokenizer(args.model)
     fill_in(args, model)
     model.check_length(args.len)

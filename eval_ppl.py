@@ -52,10 +52,11 @@ def spans(tokens, length, stride):
     """The windows of a document: [(start, first)], of the window from `start` the tokens first .. length-1 are scored.
 
     Stride 0: the first window alone. Otherwise each window ends `stride` tokens after the one before, the last with
-    the document, and scores what is new: every token once, save the document's first, which nothing predicts.
+    the document, and scores what is new: every token once, save those that nothing predicts, a document's first and,
+    where the stride is the length, each window's.
     """
     ends = [*range(length, tokens, stride), tokens] if stride else [length]
-    return [(0, 1)] + [(end - length, length - (end - before)) for before, end in zip(ends, ends[1:])]
+    return [(0, 1)] + [(end - length, max(1, length - (end - before))) for before, end in zip(ends, ends[1:])]
 
 
 def document_nll(model, tokens, length, stride, advance=lambda tokens: None):
@@ -189,7 +190,8 @@ def parser():
     p.add_argument("--stride", type=int, default=0,
                    help="tokens a sliding window moves by, 256 in the paper (default: 0, one window a document)")
     p.add_argument("--doc-tokens", type=int,
-                   help="with --stride, tokens of each document (default: the longest --len and 10 strides)")
+                   help="tokens of each document (default: with --stride the longest --len and 10 strides); without "
+                   "--stride they are cut into windows one after another")
     p.add_argument("--bos", action="store_true", help="put the model's BOS first, if the tokenizer does not by itself")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")
     return p
@@ -204,8 +206,9 @@ def main(argv=None):
     total = args.doc_tokens or lengths[-1] + 10 * args.stride
     if args.samples < 1 or lengths[0] < 2 or not 0 <= args.stride < lengths[0]:
         raise UserError("--samples must be at least 1, --len 2, --stride 0 or more and below the shortest --len")
-    if total < lengths[-1] or args.doc_tokens and not args.stride:
-        raise UserError("--doc-tokens goes with --stride and is at least the longest --len")
+    if total < lengths[-1]:
+        raise UserError("--doc-tokens must be at least the longest --len")
+    strides = {length: args.stride or (length if args.doc_tokens else 0) for length in lengths}
     bos = model.config.hf.get("bos_token_id") if args.bos else None
     if args.bos and not isinstance(bos, int):
         raise UserError(f"--bos: {args.model}: config.json names no bos_token_id")
@@ -218,21 +221,22 @@ def main(argv=None):
     same = {key: next((r for r in rows if rope_columns(*key, rope).items() <= r.items()), None)
             for key, rope in ropes.items()}  # measured already
 
-    say("perplexity, " + (f"windows moving by {args.stride} over {total} tokens of each document" if args.stride else
-                          "one window a document") + "; " + SCALES.format(window=model.window))
+    say("perplexity, " + (f"windows moving by {args.stride or 'their length'} over {total} tokens of each document"
+                          if any(strides.values()) else "one window a document") + "; " +
+        SCALES.format(window=model.window))
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}} {'length':>8} {'s':>6} {'documents':>9} {'tokens':>9} {'perplexity':>10} {'seconds':>9} "
         f"{'tokens/s':>9} {'MFU':>6} {'peak GiB':>8}")
     window_nll(model, documents[0].tokens[:16])  # the first call starts libraries up, which no row should pay for
-    left = sum(work(documents, length, args.stride) for (_, length), row in same.items() if not row)
+    left = sum(work(documents, length, strides[length]) for (_, length), row in same.items() if not row)
     bar, done = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left), 0
     for (name, length), rope in ropes.items():
         row = same[name, length]
         if not row:
             model.rope = rope
-            row = rope_columns(name, length, rope) | measure(model, documents, length, args.stride, bar.update)
+            row = rope_columns(name, length, rope) | measure(model, documents, length, strides[length], bar.update)
             rows = [r for r in rows if (r["rope"], r["length"]) != (name, length)] + [row]
-            done += work(documents, length, args.stride)
+            done += work(documents, length, strides[length])
             bar.update(done - bar.n)  # what other processes did
             if rank() == 0:
                 arguments = vars(args) | {"out": str(out)}

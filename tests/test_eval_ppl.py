@@ -77,6 +77,16 @@ def test_perplexity_beyond_the_window_is_that_of_transformers_with_the_same_fact
     assert abs(found[1]["ppl"] / expected - 1) > 0.01  # another rope would have shown
 
 
+def test_windows_one_after_another_are_cut_from_the_same_tokens_at_every_length(tmp_path, tiny_model, books):
+    found = ppl(tmp_path, "--model", tiny_model.path, "--rope", "none", "--len", 64, 128, "--doc-tokens", 256,
+                "--samples", 2, "--data", books)["rows"]
+    documents = windows(read_documents([books]), load_tokenizer(tiny_model.path), 256, 2)
+    for row, length in zip(found, (64, 128)):
+        nll = sum(window_nll(tiny_model, part).sum().item() for d in documents for part in d.tokens.split(length))
+        assert row["stride"] == length and row["tokens"] == 2 * 256 // length * (length - 1)
+        assert row["nll"] == pytest.approx(nll)
+
+
 @pytest.mark.parametrize("tokens, length, stride", [(100, 100, 10), (200, 100, 10), (205, 100, 10), (101, 100, 99),
                                                     (512, 64, 1)])
 def test_a_sliding_window_scores_every_token_once_always_in_full_windows(tokens, length, stride):

@@ -504,8 +504,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias="up_proj" in config.biased)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias="down_proj" in config.biased)
 
+    def hidden(self, x):
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)  # SwiGLU
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+        return self.down_proj(self.hidden(x))
 
 
 CHUNK = 32768    # tokens; times the width of an MLP this stays below 2^31 numbers, where kernels become slow
@@ -524,8 +527,10 @@ class Block(nn.Module):
         return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
 
     def after(self, x, out):
+        """x with attention's part, and the MLP up to its last product. That one is left to `forward`: no backward pass
+        needs its result, so activation checkpointing stops before it where it is not inside of what is compiled."""
         x = x + self.self_attn.o_proj(out.flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x, self.mlp.hidden(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, cache=None):
         """(B, T, C) -> (B, T, C). What is done token by token is done CHUNK tokens at a time unless gradients are
@@ -540,7 +545,8 @@ class Block(nn.Module):
         q, k, v = joined(map(before, x.split(chunk, 1), cos.split(chunk), sin.split(chunk)))
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
         del q, k, v
-        return joined((part,) for part in map(after, x.split(chunk, 1), out.split(chunk, 1)))[0]
+        return joined((part + self.mlp.down_proj(hidden),) for part, hidden in map(
+            after, x.split(chunk, 1), out.split(chunk, 1)))[0]
 
     def some_heads_at_a_time(self, x, cos, sin):
         """The same for a sequence so long that the queries of all heads would not fit beside it, or be 2^31 numbers

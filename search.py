@@ -247,7 +247,6 @@ class Evaluator:
     def __init__(self, args, model, found, make_rope, setup):
         self.args, self.model, self.found, self.make_rope = args, model, found, make_rope
         self.best, self.count, self.documents = math.inf, 0, 0
-        self.measured, self.begun = 0, time.perf_counter()  # in this run, for the speed
         self.flops_per_token = forward_flops(model, args.len) / args.len
         self.record = {
             "model": str(args.model), "data": [w.document for w in found], "data_sha256": data_hash(found),
@@ -256,6 +255,7 @@ class Evaluator:
                           if k not in ("out", "resume")},
             **{k: setup[k] for k in ("dtype", "attention", "versions")}}
         self.known, self.history = open_history(args.out / "history.jsonl", setup, args.resume)
+        self.measured, self.begun = 0, time.perf_counter()  # in this run, for the speed; all processes are here
         self.bar = tqdm(total=args.max_evals, desc="search", unit="candidate", smoothing=0.05, disable=rank() > 0)
 
     def __call__(self, population, iteration, parents):

@@ -580,8 +580,9 @@ def parser():
                        help=f"{what} (default: the paper's {PAPER[key]}{halved}; {ON_CPU[key]} on a CPU)")
     p.add_argument("--mutation-prob", type=float, default=0.3, help="of each gene, p (default: 0.3)")
     p.add_argument("--n-hat", type=int, help="fix n_hat, 0 to leave it out (default: a gene, from the paper's set)")
-    p.add_argument("--attention-factor", default="su", metavar="su|yarn|none|NUMBER|search",
-                   help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su)")
+    p.add_argument("--attention-factor", metavar="su|yarn|none|NUMBER|search",
+                   help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; "
+                   "with --short search, unless with --export, since Hugging Face has one for both sets)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the tokens of a pass key hidden in them (without --data "
                    "in the pass-key protocol's own sentences) (default: ppl)")
@@ -635,6 +636,7 @@ def fill_in(args, model):
     what = ("-short" if args.short else "") + ("-needle" if args.fitness == "needle" else "")
     args.out = args.out or Path(f"out/search-{args.len}{what}")
     paper = PAPER_ABOVE_512K if args.len > 512 * 1024 else PAPER
+    args.attention_factor = args.attention_factor or ("search" if args.short and not args.export else "su")
     for key, value in (ON_CPU if model.unembedding.device.type == "cpu" else paper).items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
         least = {"population_size": 3, "num_parents": 2, "samples": 1}.get(key, 0)  # PI, NTK, YaRN; two to cross

@@ -656,6 +656,13 @@ def test_the_length_is_8_windows_or_with_short_the_window_and_names_the_director
     assert (args.len, args.out) == (64, Path("out/search-64-short"))
 
 
+def test_the_short_set_gets_an_attention_factor_of_its_own_unless_hugging_face_is_to_read_it():
+    short = "--short", "--init", "rope.json"
+    for given, chosen in (((), "su"), (short, "search"), ((*short, "--export", "out"), "su"),
+                          ((*short, "--attention-factor", "yarn"), "yarn")):
+        assert filled_in("cpu", *given).attention_factor == chosen
+
+
 def test_two_generations_of_the_cpus_default_have_crossover():
     assert search.ON_CPU["iterations"] >= 2 and search.ON_CPU["num_crossovers"] > 0
 

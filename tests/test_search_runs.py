@@ -261,8 +261,10 @@ def test_short_writes_the_short_set_and_leaves_the_long_one(init, tiny, books, l
              "short_attention_factor": best["attention_factor"], "short_max_length": length or WINDOW}
     assert {k: v for k, v in written.items() if k != "search"} == {k: v for k, v in before.items() if k != "search"
                                                                   } | short
-    assert list(written)[:-1] == list(before)[:-1] and best["attention_factor"] == su_factor(4.0, WINDOW)
+    assert list(written)[:-1] == list(before)[:-1]
+    assert history[0]["genes"]["attention_factor"] == round(su_factor(4.0, WINDOW), 2)  # a gene, on the grid
     for line in history:
+        assert 1 <= line["genes"]["attention_factor"] <= 1.25 * su_factor(4.0, WINDOW) + 0.01
         assert is_monotone(line["genes"]["factors"]) and on_grid(line["genes"]["factors"], 5.0)
         assert line["genes"]["n_hat"] in {*N_HAT}
     found = windows(read_documents([books]), load_tokenizer(tiny), length or WINDOW, 2)
@@ -276,7 +278,7 @@ def test_short_writes_the_short_set_and_leaves_the_long_one(init, tiny, books, l
 
 
 def test_no_short_individual_touches_the_long_set(tiny_model):
-    args = search.parser().parse_args(["--short", "--len", "64"])
+    args = search.parser().parse_args(["--short", "--len", "64", "--attention-factor", "su"])
     make_rope = search.start_of(args, tiny_model, FINETUNED)[2]
     rope = make_rope(search.Individual(random_factors(9, 4), 64, 1.5, "test"))
     assert rope.short == Rope(random_factors(9, 4), 10000.0, WINDOW, 1.0, 64, 1.5) and rope.short_max_length == 64
@@ -284,7 +286,7 @@ def test_no_short_individual_touches_the_long_set(tiny_model):
 
 
 def start_of(model, length, scale, *changes):
-    args = search.parser().parse_args(["--len", str(length), *changes])
+    args = search.parser().parse_args(["--len", str(length), "--attention-factor", "su", *changes])
     init = Rope.longrope(random_factors(2, scale), 10000.0, WINDOW, scale) if scale > 1 else None
     return search.start_of(args, model, init)[:2]
 
@@ -304,7 +306,7 @@ def test_the_starts_of_a_search_differ(tiny_model):
     """PI, NTK and YaRN, and for the short set plain RoPE and the long set, equal to PI or not."""
     assert [s.origin for s in start_of(tiny_model, 512, 1)[0]] == ["pi", "ntk", "yarn"]
     assert {s.origin for s in start_of(tiny_model, 64, 4.0, "--short")[0]} == {"none", "long", "pi", "ntk", "yarn"}
-    args = search.parser().parse_args(["--len", "64", "--short"])
+    args = search.parser().parse_args(["--len", "64", "--short", "--attention-factor", "su"])
     pi = Rope.longrope([4.0] * PAIRS, 10000.0, WINDOW, 4.0)
     starts = search.start_of(args, tiny_model, pi)[0]
     assert len(set(starts)) == len(starts)
@@ -312,7 +314,7 @@ def test_the_starts_of_a_search_differ(tiny_model):
 
 def test_the_short_set_of_factors_that_are_not_in_order_can_be_searched(tiny_model):
     """Other tools' long sets need not keep the paper's constraint."""
-    args = search.parser().parse_args(["--len", "64", "--short"])
+    args = search.parser().parse_args(["--len", "64", "--short", "--attention-factor", "su"])
     falling = Rope.longrope(np.linspace(4, 1, PAIRS), 10000.0, WINDOW, 4.0)
     starts, space = search.start_of(args, tiny_model, falling)[:2]
     assert all(is_monotone(start.factors) for start in starts)

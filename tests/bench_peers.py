@@ -6,7 +6,8 @@
 One layer of Llama-3-8B's shape and a small model (random weights of SmolLM2-135M's shape, or --model), in bfloat16. In
 one run: the rate of a large matrix product, the ceiling; transformers with PyTorch's attention; this repository with
 flash-attn-4 and with PyTorch's cuDNN alone. Each row: seconds (median of some), tokens/s, TFLOP/s, its share of the
-ceiling, peak memory above weights and input, and the largest difference from transformers' result.
+ceiling, peak memory above weights and input, the largest difference from transformers' result, and in the JSON the
+kernels that take longest.
 """
 import argparse
 import json
@@ -68,6 +69,15 @@ def measured(step, repeats):
     return result, statistics.median(took), (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def kernels_of(step, most=12):
+    """[[milliseconds, calls, name], ...] of the kernels that take longest in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:most]
+    return [[round(event.self_device_time_total / 1000, 2), event.count, event.key[:80]] for event in found]
+
+
 def ceiling():
     """FLOP/s of a bf16 matrix product of 8192^3, random numbers."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -89,6 +99,7 @@ class Table:
         """Measure and print; the first program of a work is what the others are compared with."""
         try:
             result, seconds, gib = measured(step, repeats)
+            kernels = kernels_of(step) if repeats > 1 else None  # what bounds it
         except torch.OutOfMemoryError:
             print(f"{work:36} {program:22} out of memory", flush=True)
             self.rows.append({"work": work, "program": program, "error": "out of memory"})
@@ -103,7 +114,8 @@ class Table:
         row = {"work": work, "program": program, "seconds": seconds, "tokens_per_s": tokens / seconds,
                "tflops": flops / seconds / 1e12, "share_of_ceiling": flops / seconds / self.ceiling, "gib": gib,
                "time_ratio": seconds / (first or {"seconds": seconds})["seconds"],
-               "memory_ratio": gib / (first or {"gib": gib})["gib"], "largest_difference": difference}
+               "memory_ratio": gib / (first or {"gib": gib})["gib"], "largest_difference": difference,
+               "kernels": kernels}
         self.rows.append(row)
         print(f"{work:36} {program:22} {seconds:8.3f} {row['time_ratio']:6.2f} {row['tokens_per_s']:9.3g} "
               f"{row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib:7.2f} {row['memory_ratio']:6.2f} "

@@ -219,8 +219,8 @@ def main(argv=None):
     setup = describe(model, args) | {"data": [d.document for d in documents], "data_sha256": data_hash(documents),
                                      "document_tokens": total, "stride": args.stride, "bos": args.bos}
     rows = unchanged(earlier(out / "ppl.json", setup, "rows"), ropes)
-    same = {key: next((r for r in rows if rope_columns(*key, rope).items() <= r.items()), None)
-            for key, rope in ropes.items()}  # measured already
+    wanted = {key: rope_columns(*key, rope) | {"stride": strides[key[1]]} for key, rope in ropes.items()}
+    same = {key: next((r for r in rows if columns.items() <= r.items()), None) for key, columns in wanted.items()}
 
     say("perplexity, " + (f"windows moving by {args.stride or 'their length'} over {total} tokens of each document"
                           if any(strides.values()) else "one window a document") + "; " +

@@ -85,6 +85,11 @@ def test_windows_one_after_another_are_cut_from_the_same_tokens_at_every_length(
         nll = sum(window_nll(tiny_model, part).sum().item() for d in documents for part in d.tokens.split(length))
         assert row["stride"] == length and row["tokens"] == 2 * 256 // length * (length - 1)
         assert row["nll"] == pytest.approx(nll)
+    again = ppl(tmp_path, "--model", tiny_model.path, "--rope", "none", "--len", 256, "--samples", 2, "--data", books)
+    alone = ppl(tmp_path, "--model", tiny_model.path, "--rope", "none", "--len", 64, 256, "--samples", 2,
+                "--data", books)
+    assert [r["tokens"] for r in again["rows"] if r["length"] == 256] == [2 * 255]
+    assert [r["tokens"] for r in alone["rows"] if r["length"] == 64] == [2 * 63]  # not the row of four windows
 
 
 @pytest.mark.parametrize("tokens, length, stride", [(100, 100, 10), (200, 100, 10), (205, 100, 10), (101, 100, 99),

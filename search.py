@@ -303,7 +303,7 @@ class Evaluator:
         if whole and (ppl := perplexity_of(nll, self.found)) < self.best:
             self.best = ppl
             if save:
-                self.save(individual)
+                self.save(self.make_rope(individual))
         speed = self.measured * self.args.len / (time.perf_counter() - self.begun)
         mfu = utilisation(speed * self.flops_per_token, 1, self.model.unembedding.device)
         self.bar.set_postfix_str(f"best perplexity {self.best:.3f}, {speed:.3g} tokens/s"
@@ -311,9 +311,9 @@ class Evaluator:
         self.bar.update()
         return nll if whole else None
 
-    def save(self, individual, **extra):
+    def save(self, rope, **extra):
         if rank() == 0:
-            self.make_rope(individual).save(self.args.out / "rope.json", search=self.record | {
+            rope.save(self.args.out / "rope.json", search=self.record | {
                 "perplexity": self.best, "evaluations": self.count, "document_evaluations": self.documents} | extra)
 
 
@@ -411,10 +411,11 @@ def recovery(args, model, init):
         short = Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
                      individual.attention_factor)
         return replace(init, short=short, short_max_length=max(args.len, model.window))
-    known = {"none": trained, "long": replace(init, short=None)}
+    known = {"none": trained, "long": init}
     starts, space = into_space(args, known | formulas(model, model.window, scale), init.n_hat, scale, attention,
                                attention_range)
-    return starts, space, make_rope, known
+    plain = replace(init, short=trained, short_max_length=max(args.len, model.window))
+    return starts, space, make_rope, {"none": plain, "long": replace(init, short=None)}
 
 
 def formulas(model, window, scale):
@@ -424,12 +425,14 @@ def formulas(model, window, scale):
 
 
 def into_space(args, ropes, n_hat, scale, attention, attention_range):
-    """(individuals, space): the ropes as first individuals, put into the space whatever they were."""
+    """(individuals, space): the ropes as first individuals, put into the space whatever they were. Where the attention
+    factor is searched, those that the model knows begin with their own."""
     largest, n_hat = round(1.25 * scale, 2), args.n_hat if args.n_hat is not None else n_hat
-    starts = []
+    starts, (low, high) = [], attention_range
     for name, rope in ropes.items():
         factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, largest))
-        starts.append(Individual(tuple(np.round(factors, 2).tolist()), n_hat, attention, name))
+        own = attention if name in BASELINES or low == high else round(min(max(rope.attention_factor, low), high), 2)
+        starts.append(Individual(tuple(np.round(factors, 2).tolist()), n_hat, own, name))
     starts = list(dict.fromkeys(starts))  # two can be the same, as long factors that are PI's
     return starts, Space(largest, N_HAT if args.n_hat is None else (args.n_hat,), attention_range)
 
@@ -582,7 +585,7 @@ def parser():
     p.add_argument("--n-hat", type=int, help="fix n_hat, 0 to leave it out (default: a gene, from the paper's set)")
     p.add_argument("--attention-factor", metavar="su|yarn|none|NUMBER|search",
                    help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; "
-                   "with --short search, unless with --export, since Hugging Face has one for both sets)")
+                   "with --short and no --export: search, since Hugging Face has but one for both sets)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the tokens of a pass key hidden in them (without --data "
                    "in the pass-key protocol's own sentences) (default: ppl)")
@@ -686,13 +689,17 @@ def main(argv=None):
 
     ropes = others | {"searched": make_rope(best)}
     rows = compare(model, ropes, searched, held_out)
-    evaluate.save(best, comparison={"unseen": [w.document for w in held_out], "rows": rows})
+    # a short set may well be worse than plain RoPE or the long set, which its range does not reach
+    kept = min(rows[::-1], key=lambda row: row["search"])["rope"] if args.short else "searched"
+    evaluate.save(ropes[kept], kept=kept, comparison={"unseen": [w.document for w in held_out], "rows": rows})
     say_table(rows, args.len, searched, held_out, args.fitness)
+    if kept != "searched":
+        say(f"so rope.json has {'plain RoPE' if kept == 'none' else 'the long set'} up to {args.len} tokens")
     if rank() == 0:
         plot(ropes, args.len, args.out / "history.jsonl", args.out / "search.png")
     say(f"\nwrote {args.out / 'rope.json'}, history.jsonl and search.png")
     if args.export and rank() == 0:
-        model.rope = make_rope(best)
+        model.rope = ropes[kept]
         export(model, args.export)
         say(f"wrote {args.export}, a Hugging Face directory")
 

@@ -262,7 +262,8 @@ def test_short_writes_the_short_set_and_leaves_the_long_one(init, tiny, books, l
     assert {k: v for k, v in written.items() if k != "search"} == {k: v for k, v in before.items() if k != "search"
                                                                   } | short
     assert list(written)[:-1] == list(before)[:-1]
-    assert history[0]["genes"]["attention_factor"] == round(su_factor(4.0, WINDOW), 2)  # a gene, on the grid
+    first = {line["origin"]: line["genes"]["attention_factor"] for line in history[:5]}  # a gene, on the grid
+    assert (first["none"], first["long"], first["pi"]) == (1.0, 1.23, round(su_factor(4.0, WINDOW), 2))
     for line in history:
         assert 1 <= line["genes"]["attention_factor"] <= 1.25 * su_factor(4.0, WINDOW) + 0.01
         assert is_monotone(line["genes"]["factors"]) and on_grid(line["genes"]["factors"], 5.0)
@@ -275,6 +276,18 @@ def test_short_writes_the_short_set_and_leaves_the_long_one(init, tiny, books, l
     assert rows["searched"] == pytest.approx(written["search"]["perplexity"], rel=1e-9)
     assert rows["none"] != rows["long"] != rows["searched"]
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("better, factors", [("none", (1.0,) * PAIRS), ("long", FINETUNED.rescale_factors)])
+def test_a_short_set_no_better_than_plain_rope_or_the_long_set_is_not_kept(init, tiny, books, capsys, monkeypatch,
+                                                                          better, factors):
+    compare = search.compare
+    monkeypatch.setattr(search, "compare", lambda *given: [
+        row | {"search": 1.0} if row["rope"] == better else row for row in compare(*given)])
+    written, _ = searched_on(init, tiny, books, "--short", "--len", WINDOW)
+    assert tuple(written["short_factor"]) == factors and written["search"]["kept"] == better
+    assert written["long_factor"] == list(FINETUNED.rescale_factors)
+    assert "so rope.json has " + {"none": "plain RoPE", "long": "the long set"}[better] in capsys.readouterr().out
 
 
 def test_no_short_individual_touches_the_long_set(tiny_model):

@@ -309,10 +309,8 @@ class CountAttention(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.forward = self.backward = 0
-        self.products = 0  # of matrices
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.products += op is torch.ops.aten.mm.default
         self.forward += op in finetune.attention_ops()
         self.backward += "attention" in str(op) and "backward" in str(op)
         return op(*args, **(kwargs or {}))
@@ -320,9 +318,8 @@ class CountAttention(TorchDispatchMode):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpointing_computes_all_again_but_attention(tiny, tiny_rope, compiled):
-    """Without a kept output attention would run twice in each of the two layers. What the MLP's last product gives no
-    backward pass needs."""
-    gradients, bytes_kept, products = [], [], []
+    """Without a kept output attention would run twice in each of the two layers."""
+    gradients, bytes_kept = [], []
     for recompute in (False, True):
         model = load_model(tiny, tiny_rope, device="cpu").requires_grad_(True)
         if compiled:
@@ -336,13 +333,11 @@ def test_checkpointing_computes_all_again_but_attention(tiny, tiny_rope, compile
         with CountAttention() as count:
             finetune.loss_of(model, random_tokens(LENGTH), torch.float32).backward()
         assert (count.forward, count.backward) == (2, 2)
-        products.append(count.products)
         gradients.append([p.grad for p in model.parameters()])
         assert loss.requires_grad
     for one, two in zip(*gradients):
         assert torch.equal(one, two)
     assert bytes_kept[1] < 0.7 * bytes_kept[0], bytes_kept
-    assert products[1] - products[0] == 2 * 6, products  # q, k, v, o, gate and up of two layers, not down
 
 
 def test_checkpointing_is_on_where_activations_are_large(tiny_model):

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -121,8 +122,9 @@ class Table:
               f"{row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib:7.2f} {row['memory_ratio']:6.2f} "
               f"{'-' if difference is None else f'{difference:.3g}':>11}", flush=True)
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps({"ceiling_tflops": self.ceiling / 1e12, **versions(), "rows": self.rows},
-                                       indent=1) + "\n")
+        self.out.write_text(json.dumps({
+            "ceiling_tflops": self.ceiling / 1e12, **versions(),
+            **{name: version(name) for name in ("transformers", "flash-attn-4")}, "rows": self.rows}, indent=1) + "\n")
 
 
 def layer(table, tokens, training):

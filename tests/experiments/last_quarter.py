@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from eval_ppl import resolve_ropes, spans  # noqa: E402
 from longrope import (  # noqa: E402
+    UserError,
     add_arguments,
     begin,
     describe,
@@ -31,10 +32,12 @@ def last_quarter(model, tokens, context):
     length, first = len(tokens), len(tokens) * 3 // 4
     if context == length:
         return window_nll(model, tokens, first).sum().item()
-    part, total = tokens[first - context * 7 // 8:], 0.0  # so that a window ends every eighth from `first` on
+    part = tokens[first - context * 7 // 8:]  # so that a window ends every eighth of it from `first` on
+    total, count = 0.0, 0
     for start, scored in spans(len(part), context, context // 8):
-        scored = max(scored, context * 7 // 8 - start)
-        total += window_nll(model, part[start:start + context], scored).sum().item()
+        nll = window_nll(model, part[start:start + context], max(scored, context * 7 // 8 - start))
+        total, count = total + nll.sum().item(), count + len(nll)
+    assert count == length - first
     return total
 
 
@@ -48,13 +51,15 @@ def main():
     p.add_argument("--samples", type=int, default=10)
     p.add_argument("--out", type=Path, default=Path("out/last-quarter.json"))
     args = p.parse_args()
+    if args.len > args.doc_tokens or not all(8 <= n <= args.len * 3 // 4 or n == args.len for n in args.context):
+        raise UserError("--context must be from 8 to 3/4 of --len, and --len at most --doc-tokens")
     model = begin(args)
     documents = windows(read_documents(args.data, 5 * args.doc_tokens), load_tokenizer(args.model), args.doc_tokens,
                         args.samples)
     found = [w for d in documents for w in d.tokens.split(args.len) if len(w) == args.len]
     tokens, rows = len(found) * (args.len - args.len * 3 // 4), []
     print(f"perplexity of {tokens} tokens, the last quarter of {len(found)} windows of {args.len}")
-    for (name, context), rope in resolve_ropes(args.rope, [*args.context, args.len], model).items():
+    for (name, context), rope in resolve_ropes(args.rope, {*args.context, args.len}, model).items():
         model.rope = rope
         nll = sum(last_quarter(model, w, context) for w in found)
         rows.append({"rope": name, "context": context, "windows": len(found), "tokens": tokens, "nll": nll,

@@ -9,7 +9,7 @@
 set -euo pipefail
 BOOKS=${BOOKS:?} OUT=${OUT:?}
 GPUS=${GPUS:-$(python3 -c "import torch; print(torch.cuda.device_count())")}
-all() { if ((GPUS == 1)); then python3 "$@"; else torchrun --nproc-per-node "$GPUS" "$@"; fi; }
+all() { if ((GPUS < 2)); then python3 "$@"; else torchrun --nproc-per-node "$GPUS" "$@"; fi; }
 few=(--num-parents 8 --num-mutations 5 --num-crossovers 3 --iterations 40)  # needs the fewest evaluations, see README
 
 for stage in "$@"; do
@@ -32,7 +32,10 @@ for stage in "$@"; do
         split -n l/4 -d --additional-suffix=.txt "$book" "$OUT/pieces/$(basename "$book" .txt)-"
       done
       all search.py --model "$OUT/model-64x" --init "$OUT/search-512x/rope.json" --short --len 1024 --samples 20 \
-        --population-size 32 "${few[@]}" --iterations 24 --data "$OUT/pieces" --out "$OUT/recovered" ;;
+        --population-size 32 "${few[@]}" --iterations 24 --data "$OUT/pieces" --out "$OUT/recovered"
+      all search.py --model "$OUT/model-64x" --init "$OUT/search-512x/rope.json" --short --len 1024 --samples 20 \
+        --population-size 32 "${few[@]}" --iterations 24 --data "$OUT/pieces" --attention-factor su \
+        --out "$OUT/recovered-su" ;;
     evaluate)
       lengths=(--len 1024 8192 32768 65536 524288)
       texts=(--samples 4 --data "$BOOKS/test")
@@ -48,9 +51,10 @@ for stage in "$@"; do
         --out "$OUT/passkey-64x" ;;
     short)  # the original window, on many windows of the books and of the standard library, without and with recovery
       python3 tests/experiments/variants.py --model "$OUT/model-64x" --rope "$OUT/search-512x/rope.json" --out "$OUT/variants"
-      ropes=(model "$OUT/variants/long.json" "$OUT/recovered/rope.json")  # long.json: the long set at every length
+      ropes=(model "$OUT"/variants/long.json "$OUT"/recovered{,-su}/rope.json)  # long.json: the long set at every length
       books=(--doc-tokens 65536 --data "$BOOKS/test")
       all eval_ppl.py --rope none --len 1024 "${books[@]}" --out "$OUT/short-books-0"
+      all eval_ppl.py --model "$OUT/model-32x" --rope model --len 1024 "${books[@]}" --out "$OUT/short-books-32x"
       all eval_ppl.py --model "$OUT/model-64x" --rope "${ropes[@]}" --len 1024 "${books[@]}" --out "$OUT/short-books"
       all eval_ppl.py --rope none --len 1024 --doc-tokens 8192 --out "$OUT/short-library-0"
       all eval_ppl.py --model "$OUT/model-64x" --rope "${ropes[@]}" --len 1024 --doc-tokens 8192 --out "$OUT/short-library"

@@ -30,6 +30,10 @@ def main(results, picture):
     for label, where, rope, color, line in STAGES:
         style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
         ppl = {r["length"]: r["ppl"] for r in rows(results / f"ppl-{where}" / "ppl.json", rope)}
+        # one window of 1024 tokens a book is little: many were measured apart, and up to there no long set is in use
+        file, plain = {"0": ("short-books-0", "none"), "32x": ("short-books-32x", "model"),
+                       "64x": ("short-books", "model")}[where]
+        ppl[1024] = rows(results / file / "ppl.json", plain)[0]["ppl"]
         left.plot(list(ppl), list(ppl.values()), **style)
         hits, trials = {}, {}
         for r in rows(results / f"passkey-{where}" / "passkey.json", rope):

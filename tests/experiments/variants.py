@@ -1,6 +1,6 @@
 """Ropes to compare a search's result with: formulas with its attention factor, and the result without its parts.
 
-    $ python tests/experiments/variants.py --rope out/search-65536/rope.json --out out/variants
+    $ python tests/experiments/variants.py --model DIR --rope out/search-65536/rope.json --out out/variants
 
 Writes, each for the length that the search was for, {pi,ntk,yarn}-su.json: cos and sin multiplied by
 sqrt(1 + ln s / ln L0) in place of the methods' own factor; lambda.json: n_hat 0 and no multiplier;
@@ -18,7 +18,7 @@ from longrope import Rope, load_model, su_factor  # noqa: E402
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="the model that was searched for")
-    p.add_argument("--rope", type=Path, required=True, help="rope.json of a first-stage search")
+    p.add_argument("--rope", type=Path, required=True, help="rope.json of a search")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     model = load_model(args.model, args.rope, device="meta")

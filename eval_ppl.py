@@ -191,8 +191,8 @@ def parser():
     p.add_argument("--stride", type=int, default=0,
                    help="tokens a sliding window moves by, 256 in the paper (default: 0, one window a document)")
     p.add_argument("--doc-tokens", type=int,
-                   help="tokens of each document (default: with --stride the longest --len and 10 strides); without "
-                   "--stride they are cut into windows one after another")
+                   help="tokens to read of each document, cut into windows one after another, or overlapping with "
+                   "--stride (default: one window of --len; with --stride the longest --len and 10 strides)")
     p.add_argument("--bos", action="store_true", help="put the model's BOS first, if the tokenizer does not by itself")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")
     return p

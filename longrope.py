@@ -812,7 +812,8 @@ def save_config(model, path, dtype=None):
         parameters, window = {k: d[k] for k in HF_KEYS}, rope.original_max_position_embeddings
         said = Rope.from_dict(parameters).to_dict()
         if (lost := [f"{k} {v:.4g} (there {said[k]:.4g})" for k, v in d.items() if v != said[k]]) and rank() == 0:
-            print(f"{path}: rope.json has what config.json cannot say: {', '.join(lost)}", file=sys.stderr)
+            print(f"{path}: rope.json has what config.json cannot say: {', '.join(lost)}; transformers takes those "
+                  "there", file=sys.stderr)
         parameters |= {"short_mscale": d["short_attention_factor"], "long_mscale": rope.attention_factor}  # for vLLM
         config = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_theta")} | {
             "rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta} if plain else parameters,

@@ -560,14 +560,20 @@ def say_cost(args, model, searched):
     window_nll(model, probe)
     a_window = (time.perf_counter() - begun) * forward_flops(model, args.len) / forward_flops(model, len(probe))
     a_candidate, processes, total = a_window * len(searched), world_size(), args.max_evals
-    whole = total * a_candidate / processes
-    unit, seconds = ("minutes", 60) if whole < 2 * 3600 else ("hours", 3600) if whole < 48 * 3600 else ("days", 86400)
-    say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {a_candidate:.2g} s, the whole "
-        f"search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) at most about "
-        f"{whole / seconds:.1f} {unit}")
+    say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {duration(a_candidate)}, the "
+        f"whole search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) up to about "
+        f"{duration(total * a_candidate / processes)}")
     if on_cpu and total * a_candidate > 1800:
         shorter = f"--len {8 * model.window} or " if args.len > 8 * model.window else ""
         say(f"that is long for a CPU: try {shorter}a smaller --max-evals")
+
+
+def duration(seconds):
+    """To be read: at least two of its unit."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def parser():

@@ -527,7 +527,9 @@ def test_search_prints_the_cost_first_and_a_table_at_the_end(searched):
     done, out = searched
     lines = done.stdout.splitlines()
     assert re.match(r"one candidate \(2 documents of 256 tokens\) takes about \S+ s, the whole search "
-                    r"\(16 candidates\) at most about \S+ minutes", lines[0])
+                    r"\(16 candidates\) up to about \S+ s$", lines[0])
+    assert [search.duration(s) for s in (0.0754, 119, 120, 7199, 7200, 175000)] == [
+        "0.0754 s", "119 s", "2 minutes", "120 minutes", "2 hours", "2.03 days"]
     start = next(i for i, line in enumerate(lines) if line.startswith("rope "))
     rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[start + 1:start + 6]}
     assert list(rows) == ["none", "pi", "ntk", "yarn", "searched"]

@@ -695,9 +695,10 @@ def main(argv=None):
 
     ropes = others | {"searched": make_rope(best)}
     rows = compare(model, ropes, searched, held_out)
-    # a short set may well be worse than plain RoPE or the long set, which its range does not reach
-    kept = min(rows[::-1], key=lambda row: row["search"])["rope"] if args.short else "searched"
-    evaluate.save(ropes[kept], kept=kept, comparison={"unseen": [w.document for w in held_out], "rows": rows})
+    kept, extra = "searched", {"comparison": {"unseen": [w.document for w in held_out], "rows": rows}}
+    if args.short:  # the set found may well be worse than plain RoPE or the long set, which its range does not reach
+        kept = extra["kept"] = min(rows[::-1], key=lambda row: row["search"])["rope"]
+    evaluate.save(ropes[kept], **extra)
     say_table(rows, args.len, searched, held_out, args.fitness)
     if kept != "searched":
         say(f"so rope.json has {'plain RoPE' if kept == 'none' else 'the long set'} up to {args.len} tokens")

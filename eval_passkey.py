@@ -31,6 +31,7 @@ from longrope import (
     run,
     say,
     spread,
+    warm_up,
     world_size,
     write_json,
 )
@@ -164,7 +165,7 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    begun, args = time.perf_counter(), parser().parse_args(argv)
     model = begin(args)
     tokenizer = load_tokenizer(args.model)
     lengths = sorted(set(args.len or [8 * model.window]))
@@ -188,11 +189,11 @@ def main(argv=None):
         if rank() == 0:
             write_json(out / "passkey.json", {"setup": setup, "arguments": vars(args) | {"out": str(out)},
                                               "rows": rows_of(done), "trials": done})
+    warm_up(model, lengths[-1], begun)
     say(f"pass key, {scoring}, {args.depths} depths, {args.trials} keys each; " + SCALES.format(window=model.window))
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}} {'length':>8} {'s':>6} {'trials':>6} {'hits':>5} {'accuracy':>8} {'exact':>5} {'seconds':>9} "
         f"{'tokens/s':>9} {'peak GiB':>8}")
-    teacher_forced(model, [0] * 16, 1)  # the first call starts libraries up, which no trial should pay for
     left, saved = sum(t["length"] for mine in todo.values() for t in mine), time.perf_counter()
     bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
     for (name, length), rope in ropes.items():

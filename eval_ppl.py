@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 from longrope import (
-    CHUNK,
     NAMED,
     UserError,
     add_arguments,
@@ -35,6 +34,7 @@ from longrope import (
     say,
     spread,
     utilisation,
+    warm_up,
     window_nll,
     windows,
     write_json,
@@ -199,7 +199,7 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    begun, args = time.perf_counter(), parser().parse_args(argv)
     model = begin(args)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/ppl-{lengths[-1]}")
@@ -222,14 +222,13 @@ def main(argv=None):
     wanted = {key: rope_columns(*key, rope) | {"stride": strides[key[1]]} for key, rope in ropes.items()}
     same = {key: next((r for r in rows if columns.items() <= r.items()), None) for key, columns in wanted.items()}
 
+    warm_up(model, lengths[-1], begun)
     say("perplexity, " + (f"windows moving by {args.stride or 'their length'} over {total} tokens of each document"
                           if any(strides.values()) else "one window a document") + "; " +
         SCALES.format(window=model.window))
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}} {'length':>8} {'s':>6} {'documents':>9} {'tokens':>9} {'perplexity':>10} {'seconds':>9} "
         f"{'tokens/s':>9} {'MFU':>6} {'peak GiB':>8}")
-    # the first calls start libraries up and compile, which no row should pay for; on a GPU a long window does it all
-    window_nll(model, documents[0].tokens[:16 if model.unembedding.device.type == "cpu" else 2 * CHUNK])
     left = sum(work(documents, length, strides[length]) for (_, length), row in same.items() if not row)
     bar, done = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left), 0
     for (name, length), rope in ropes.items():

@@ -22,6 +22,7 @@ import platform
 import re
 import sys
 import sysconfig
+import time
 import warnings
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -1085,6 +1086,22 @@ def begin(args):
     return load_model(args.model, "config", None, args.device, args.dtype, args.sliding_window, args.compile)
 
 
+def warm_up(model, length, begun):
+    """Let libraries start and kernels compile, which no measurement should pay for, and say what it took since `begun`.
+    On a GPU long sequences have kernels of their own, so the pass is over up to 65536 of `length` tokens."""
+    on_cpu = model.unembedding.device.type == "cpu"
+    window_nll(model, torch.zeros(16 if on_cpu else min(length, 2 * CHUNK), dtype=torch.long))
+    say(f"loading{'' if on_cpu else ', compiling'} and reading took {duration(time.perf_counter() - begun)}")
+
+
+def duration(seconds):
+    """To be read: at least two of its unit."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def rank():
     """The number of this process; 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -1143,11 +1160,11 @@ def run(main, remedy="lower --len"):
     try:
         main()
     except (UserError, OSError) as e:  # a file where a directory should be, a full disk
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
+        sys.exit(tqdm.write(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)  # clear of the progress bar
     except RuntimeError as e:  # torch.OutOfMemoryError is one, but a CPU's is a plain RuntimeError
         if not (needed := re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)):
             raise
-        sys.exit(print(f"{Path(sys.argv[0]).name}: out of memory, {needed[0]}: {remedy}", file=sys.stderr) or 2)
+        sys.exit(tqdm.write(f"{Path(sys.argv[0]).name}: out of memory, {needed[0]}: {remedy}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: stopped; what it has written so far is whole")
     if dist.is_initialized():

@@ -35,6 +35,7 @@ from longrope import (
     begin,
     data_hash,
     describe,
+    duration,
     forward_flops,
     load_tokenizer,
     rank,
@@ -551,29 +552,23 @@ def plot(ropes, length, history, path):
     plt.close(fig)
 
 
-def say_cost(args, model, searched):
-    """The first line: what a candidate and the whole search will take, from one probe of the machine."""
+def say_cost(args, model, searched, begun):
+    """The first lines: what a candidate and the whole search will take, from one probe of the machine, and what it took
+    to start since `begun`."""
     on_cpu = model.unembedding.device.type == "cpu"
     probe = searched[0].tokens[:2048] if on_cpu else searched[0].tokens
     window_nll(model, probe)  # the first call warms up
-    begun = time.perf_counter()
+    warm = time.perf_counter()
     window_nll(model, probe)
-    a_window = (time.perf_counter() - begun) * forward_flops(model, args.len) / forward_flops(model, len(probe))
+    a_window = (time.perf_counter() - warm) * forward_flops(model, args.len) / forward_flops(model, len(probe))
     a_candidate, processes, total = a_window * len(searched), world_size(), args.max_evals
     say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {duration(a_candidate)}, the "
         f"whole search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) up to about "
         f"{duration(total * a_candidate / processes)}")
+    say(f"loading{'' if on_cpu else ', compiling'} and reading took {duration(warm - begun)}")
     if on_cpu and total * a_candidate > 1800:
         shorter = f"--len {8 * model.window} or " if args.len > 8 * model.window else ""
         say(f"that is long for a CPU: try {shorter}a smaller --max-evals")
-
-
-def duration(seconds):
-    """To be read: at least two of its unit."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def parser():
@@ -664,7 +659,7 @@ def fill_in(args, model):
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    begun, args = time.perf_counter(), parser().parse_args(argv)
     model = begin(args)
     tokenizer = load_tokenizer(args.model)
     fill_in(args, model)
@@ -675,7 +670,7 @@ def main(argv=None):
         check_export(args, model, space, init)
     found = windows_of(args, tokenizer)
     searched, held_out = found[:args.samples], found[args.samples:]
-    say_cost(args, model, searched)
+    say_cost(args, model, searched, begun)
     if len(searched) < args.samples:
         say(f"only {len(searched)} documents are long enough, not {args.samples}: give more for factors to rely on")
 

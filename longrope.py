@@ -1091,7 +1091,12 @@ def warm_up(model, length, begun):
     On a GPU long sequences have kernels of their own, so the pass is over up to 65536 of `length` tokens."""
     on_cpu = model.unembedding.device.type == "cpu"
     window_nll(model, torch.zeros(16 if on_cpu else min(length, 2 * CHUNK), dtype=torch.long))
-    say(f"loading{'' if on_cpu else ', compiling'} and reading took {duration(time.perf_counter() - begun)}")
+    say_start(model, time.perf_counter() - begun)
+
+
+def say_start(model, seconds):
+    compiling = "" if model.unembedding.device.type == "cpu" else ", compiling"
+    say(f"loading{compiling} and reading took {duration(seconds)}")
 
 
 def duration(seconds):

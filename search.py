@@ -44,6 +44,7 @@ from longrope import (
     run,
     save_config,
     say,
+    say_start,
     spread,
     su_factor,
     utilisation,
@@ -408,15 +409,16 @@ def recovery(args, model, init):
     scale = max(min(init.scale, 5.0), *trained.rescale_factors)  # Llama 3.1's own factors reach 8
     attention, attention_range = attention_factors(args, init.scale, model.window)
 
-    def make_rope(individual):
-        short = Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
-                     individual.attention_factor)
+    def with_short(short):
         return replace(init, short=short, short_max_length=max(args.len, model.window))
+
+    def make_rope(individual):
+        return with_short(Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
+                               individual.attention_factor))
     known = {"none": trained, "long": init}
     starts, space = into_space(args, known | formulas(model, model.window, scale), init.n_hat, scale, attention,
                                attention_range)
-    plain = replace(init, short=trained, short_max_length=max(args.len, model.window))
-    return starts, space, make_rope, {"none": plain, "long": replace(init, short=None)}
+    return starts, space, make_rope, {"none": with_short(trained), "long": replace(init, short=None)}
 
 
 def formulas(model, window, scale):
@@ -565,7 +567,7 @@ def say_cost(args, model, searched, begun):
     say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {duration(a_candidate)}, the "
         f"whole search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) up to about "
         f"{duration(total * a_candidate / processes)}")
-    say(f"loading{'' if on_cpu else ', compiling'} and reading took {duration(warm - begun)}")
+    say_start(model, warm - begun)
     if on_cpu and total * a_candidate > 1800:
         shorter = f"--len {8 * model.window} or " if args.len > 8 * model.window else ""
         say(f"that is long for a CPU: try {shorter}a smaller --max-evals")
@@ -692,7 +694,7 @@ def main(argv=None):
     rows = compare(model, ropes, searched, held_out)
     kept, extra = "searched", {"comparison": {"unseen": [w.document for w in held_out], "rows": rows}}
     if args.short:  # the set found may well be worse than plain RoPE or the long set, which its range does not reach
-        kept = extra["kept"] = min(rows[::-1], key=lambda row: row["search"])["rope"]
+        kept = extra["kept"] = min(reversed(rows), key=lambda row: row["search"])["rope"]  # a tie is the search's
     evaluate.save(ropes[kept], **extra)
     say_table(rows, args.len, searched, held_out, args.fitness)
     if kept != "searched":

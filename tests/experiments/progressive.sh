@@ -4,8 +4,8 @@
 #     export BOOKS=books OUT=out/progressive
 #     bash tests/experiments/progressive.sh search32 search64 train32 train64 second recover evaluate short
 #
-# BOOKS/train, BOOKS/search and BOOKS/test are three separate lists of long texts. All processes are torchrun's, one for
-# each GPU; the stages named are run one after another, each from the directories that those before it left in OUT.
+# BOOKS/train, BOOKS/search and BOOKS/test are three separate lists of long texts. The stages named are run one after
+# another, each from the directories that those before it left in OUT. GPUS: how many a command takes (default: all).
 set -euo pipefail
 BOOKS=${BOOKS:?} OUT=${OUT:?}
 GPUS=${GPUS:-$(python3 -c "import torch; print(torch.cuda.device_count())")}

@@ -546,8 +546,11 @@ class Block(nn.Module):
         q, k, v = joined(map(before, x.split(chunk, 1), cos.split(chunk), sin.split(chunk)))
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
         del q, k, v
-        return joined((part + self.mlp.down_proj(hidden),) for part, hidden in map(
-            after, x.split(chunk, 1), out.split(chunk, 1)))[0]
+
+        def finish(x, out):  # a function, so that one chunk's `hidden` is freed before the next is made
+            x, hidden = after(x, out)
+            return (x + self.mlp.down_proj(hidden),)
+        return joined(map(finish, x.split(chunk, 1), out.split(chunk, 1)))[0]
 
     def some_heads_at_a_time(self, x, cos, sin):
         """The same for a sequence so long that the queries of all heads would not fit beside it, or be 2^31 numbers

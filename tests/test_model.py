@@ -3,6 +3,7 @@ import json
 import math
 import re
 import sys
+import weakref
 from itertools import islice
 from types import SimpleNamespace
 
@@ -255,11 +256,16 @@ def test_chunks_of_tokens_give_the_same_logits(bundled, monkeypatch):
     with torch.inference_mode():
         whole = bundled.model(tokens)
         monkeypatch.setattr(longrope, "CHUNK", 64)  # three and a rest
-        sizes = []
-        monkeypatch.setattr(longrope.MLP, "hidden", lambda self, x, plain=longrope.MLP.hidden: [
-            sizes.append(x.shape[1]), plain(self, x)][1])
+        made = []
+
+        def hidden(self, x, plain=longrope.MLP.hidden):
+            assert not any(earlier() is not None for earlier, _ in made)  # one chunk's at a time
+            out = plain(self, x)
+            made.append((weakref.ref(out), x.shape[1]))
+            return out
+        monkeypatch.setattr(longrope.MLP, "hidden", hidden)
         assert_close(bundled.model(tokens), whole, atol=1e-4, rtol=1e-4)
-    assert sizes == [64, 64, 64, 8] * 6
+    assert [size for _, size in made] == [64, 64, 64, 8] * 6
 
 
 @pytest.mark.parametrize("kv_heads, at_once, calls", [(2, 100 * 128 + 1, [(2, 1), (2, 1)]),

@@ -3,6 +3,7 @@
     $ python search.py                                        # the bundled model, 8 times its window
     $ python search.py --model DIR --data books/ --len 131072
     $ torchrun --nproc-per-node 8 search.py --model DIR --data books/ --len 262144      # the same result, sooner
+    $ python search.py --fitness needle --start out/search-8192/rope.json --out out/needle  # from factors found before
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --len 2097152       # second stage, no more training
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --short --len 8192  # short-window recovery
 
@@ -369,10 +370,11 @@ def perplexity_of(nlls, found):
 def start_of(args, model, init):
     """(starts, space, make_rope, ropes to compare with) of the search that the arguments ask for. init: the rope of
     --init, or None."""
-    return recovery(args, model, init) if args.short else extension(args, model, init)
+    start = {"start": resolve_rope(args.start, model, args.len).at(args.len)} if args.start else {}
+    return recovery(args, model, init, start) if args.short else extension(args, model, init, start)
 
 
-def extension(args, model, init):
+def extension(args, model, init, start):
     """A longer window: a first stage from the factors that the model was trained with, or a second one from those of
     --init. Factors found are multiplied onto them: lambda = lambda_finetuned * lambda_second."""
     trained = model.config.rope.trained
@@ -395,12 +397,14 @@ def extension(args, model, init):
     named = formulas(model, window, scale)
     compared = {"none": base} | {
         name: replace(extended(rope), attention_factor=yarn_factor(total_scale) if name == "yarn" else
-                      base.attention_factor) for name, rope in named.items()}
-    starts, space = into_space(args, named, base.n_hat, scale, attention, attention_range)
+                      base.attention_factor) for name, rope in named.items()} | start
+    relative = {name: replace(rope, rescale_factors=tuple(np.divide(rope.rescale_factors, base.rescale_factors)))
+                for name, rope in start.items()}
+    starts, space = into_space(args, relative | named, base.n_hat, scale, attention, attention_range)
     return starts, space, make_rope, compared
 
 
-def recovery(args, model, init):
+def recovery(args, model, init, start):
     """The short set of --init, which a model fine-tuned for a longer window takes up to --len tokens. lambda goes up to
     min(s, 5), with the same margin as elsewhere, or as far as the factors that the model was trained with."""
     trained, window = model.config.rope.trained, round(init.scale * model.window)
@@ -416,9 +420,10 @@ def recovery(args, model, init):
         return with_short(Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
                                individual.attention_factor))
     known = {"none": trained, "long": init}
-    starts, space = into_space(args, known | formulas(model, model.window, scale), init.n_hat, scale, attention,
-                               attention_range)
-    return starts, space, make_rope, {"none": with_short(trained), "long": replace(init, short=None)}
+    starts, space = into_space(args, start | known | formulas(model, model.window, scale), init.n_hat, scale,
+                               attention, attention_range)
+    return starts, space, make_rope, {"none": with_short(trained), "long": replace(init, short=None)} | {
+        name: with_short(rope) for name, rope in start.items()}
 
 
 def formulas(model, window, scale):
@@ -429,15 +434,17 @@ def formulas(model, window, scale):
 
 def into_space(args, ropes, n_hat, scale, attention, attention_range):
     """(individuals, space): the ropes as first individuals, put into the space whatever they were. Where the attention
-    factor is searched, those that the model knows begin with their own."""
-    largest, n_hat = round(1.25 * scale, 2), args.n_hat if args.n_hat is not None else n_hat
+    factor is searched, those that the model knows and that of --start, which has its own n_hat too, begin with their
+    own."""
+    largest, n_hats = round(1.25 * scale, 2), N_HAT if args.n_hat is None else (args.n_hat,)
     starts, (low, high) = [], attention_range
     for name, rope in ropes.items():
         factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, largest))
         own = attention if name in BASELINES or low == high else round(min(max(rope.attention_factor, low), high), 2)
-        starts.append(Individual(tuple(np.round(factors, 2).tolist()), n_hat, own, name))
+        first = min(n_hats, key=lambda n, own=rope.n_hat if name == "start" else n_hat: abs(n - own))
+        starts.append(Individual(tuple(np.round(factors, 2).tolist()), first, own, name))
     starts = list(dict.fromkeys(starts))  # two can be the same, as long factors that are PI's
-    return starts, Space(largest, N_HAT if args.n_hat is None else (args.n_hat,), attention_range)
+    return starts, Space(largest, n_hats, attention_range)
 
 
 def attention_factors(args, scale, window):
@@ -527,7 +534,7 @@ def plot(ropes, length, history, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colors = dict(zip(ropes, ("#999999", "#E69F00", "#56B4E9", "#009E73"))) | {"searched": "black"}
+    colors = dict(zip(ropes, ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7"))) | {"searched": "black"}
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, rope in ropes.items():
         rope = rope.at(length)
@@ -592,6 +599,9 @@ def parser():
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the tokens of a pass key hidden in them (without --data "
                    "in the pass-key protocol's own sentences) (default: ppl)")
+    p.add_argument("--start", type=Path, metavar="ROPE",
+                   help="a rope.json: first individuals are its factors and mutants of them too, say those found with "
+                   "another --fitness")
     p.add_argument("--init", type=Path, help="rope.json of a fine-tuned model: search a second stage on top of it")
     p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     p.add_argument("--screening", type=int, default=64, metavar="N",
@@ -678,7 +688,8 @@ def main(argv=None):
 
     same = ("len", "fitness", "seed", "population_size", "num_mutations", "num_crossovers", "num_parents", "n_hat",
             "mutation_prob", "attention_factor", "short", "racing", "screening")  # what a resumed search must agree in
-    setup = describe(model, args) | {"data_sha256": data_hash(searched), "init": init and init.to_dict()}
+    setup = describe(model, args) | {"data_sha256": data_hash(searched), "init": init and init.to_dict(),
+                                     "start": args.start and others["start"].to_dict()}
     setup |= {key: getattr(args, key) for key in same}
     args.out.mkdir(parents=True, exist_ok=True)
     evaluate = Evaluator(args, model, searched, make_rope, setup)

@@ -233,8 +233,9 @@ class Rope:
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-# Exact kernels, the fastest first. Four are PyTorch's own; flash-attn-4 and flash-attn (2, for older GPUs) are packages
-# that are used if they are installed.
+# Exact kernels, the fastest first: measured on Hopper (H100, H200), where flash-attn-4 comes before cuDNN. cuDNN's is
+# taken on Hopper and Blackwell alone, as by PyTorch itself; on Ampere and Ada come flash-attn (2) and PyTorch's flash
+# attention, which is the same. Four are PyTorch's own, the two others packages that are used if they are installed.
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 KERNELS = ("flash-attn-4", "cudnn", "flash-attn-2", *list(SDPA)[1:])
@@ -277,17 +278,20 @@ def attention_kernel(device, dtype, head_dim, grouped, chunk=False):
             case "flash-attn-4":
                 works = capability >= (9, 0) and head_dim % 8 == 0 and head_dim <= 128 and is_installed(kernel)
             case "flash-attn-2":
-                works = capability >= (8, 0) and head_dim % 8 == 0 and is_installed("flash-attn")
+                works = capability >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256 and is_installed("flash-attn")
+            case "cudnn" if capability[0] not in (9, 10) and not forced_kernel:
+                works = False
             case "cudnn" | "efficient" if chunk:
                 works = False  # they would need a T x T mask
             case "flash" if chunk and device == "cuda":
-                works = capability >= (8, 0)
+                works = capability >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
             case _:
                 works = sdpa_runs(SDPA[kernel], device, dtype, head_dim, grouped)
         if works:
             return kernel
-    raise UserError(f"attention {forced_kernel}: not for {device}, {str(dtype).removeprefix('torch.')}, head_dim "
-                    f"{head_dim}{', grouped heads' * grouped}{', a part of a sequence' * chunk} here, or not installed")
+    raise UserError(f"attention {forced_kernel or 'kernels'}: not for {device}, {str(dtype).removeprefix('torch.')}, "
+                    f"head_dim {head_dim}{', grouped heads' * grouped}{', a part of a sequence' * chunk} here, or not "
+                    "installed")
 
 
 def use_attention(name):
@@ -305,6 +309,7 @@ def is_installed(package):
 
 
 def sdpa_runs(backend, device, dtype, head_dim, grouped):
+    """Would PyTorch run this backend on such tensors? It is asked about 16 tokens with gradients, and runs nothing."""
     q = torch.empty(1, 2, 16, head_dim, device=device, dtype=dtype, requires_grad=True)
     k = q[:, :1] if grouped else q
     with sdpa_kernel(backend), warnings.catch_warnings(), suppress(RuntimeError):  # "No viable backend"
@@ -553,12 +558,15 @@ class Block(nn.Module):
         return joined(map(finish, x.split(chunk, 1), out.split(chunk, 1)))[0]
 
     def some_heads_at_a_time(self, x, cos, sin):
-        """The same for a sequence so long that the queries of all heads would not fit beside it, or be 2^31 numbers
-        and more, which kernels cannot count: a few key heads at a time, their part of o_proj's sum added to the
-        result."""
+        """The same for a sequence so long that the queries of all heads would be 2^31 numbers and more, which kernels
+        cannot count: a few key heads at a time, their part of o_proj's sum added to the result. Uncompiled: attention
+        is all that counts there. Raises UserError if a single key head's queries are that many."""
         y, attn = x.clone(), self.self_attn
         width = attn.q_proj.out_features // attn.kv_heads  # of the queries that share a key head
-        step = max(1, (AT_ONCE - 1) // (x.shape[0] * x.shape[1] * width))
+        step = (AT_ONCE - 1) // (x.shape[0] * x.shape[1] * width)
+        if step < 1:
+            raise UserError(f"{x.shape[1]} tokens are too many for this model: {width} numbers a token in the queries "
+                            f"that share a key head make {AT_ONCE} and more, which attention kernels cannot count")
         for first in range(0, attn.kv_heads, step):
             heads = slice(first, first + step)
             q, k, v = joined(attn.qkv(self.input_layernorm(part), *angles, heads)
@@ -1035,7 +1043,8 @@ def add_arguments(parser, data=True):
                         help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile what lies between the attention calls (default: on cuda)")
-    parser.add_argument("--attention", choices=KERNELS, help="default: the first of these that runs")
+    parser.add_argument("--attention", choices=KERNELS,
+                        help="default: the first of these that runs (cudnn on Hopper and Blackwell alone)")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of everything random (default: 0)")
 
 

@@ -199,38 +199,65 @@ def test_other_packages_kernels_get_what_they_need_and_their_gradients_arrive(mo
                                                                                              "test_faketensor"))
 
 
+HOPPER, BLACKWELL, AMPERE, TURING = (9, 0), (10, 0), (8, 0), (7, 5)
+BOTH = ("flash-attn-4", "flash-attn")  # packages
+
+
 @pytest.fixture
-def gpu_with_everything(monkeypatch):
-    """What `attention_kernel` asks the machine, answered as an H100 with both packages does."""
-    monkeypatch.setattr(longrope, "is_installed", lambda package: True)
-    monkeypatch.setattr(longrope, "sdpa_runs", lambda backend, device, dtype, head_dim, grouped: (
-        dtype != torch.float32 if backend != SDPBackend.EFFICIENT_ATTENTION else not grouped) or (
-        backend == SDPBackend.MATH))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    use_attention(None)
-    yield monkeypatch
-    use_attention(None)
+def gpu(monkeypatch):
+    """kernel(capability, packages, ...) that a GPU would get, on which all of PyTorch's own kernels run that can."""
+    def runs(backend, device, dtype, head_dim, grouped):
+        half = device == "cuda" and dtype != torch.float32
+        return {SDPBackend.MATH: True, SDPBackend.EFFICIENT_ATTENTION: device == "cuda" and not grouped,
+                SDPBackend.FLASH_ATTENTION: half and head_dim <= 256 or device == "cpu",
+                SDPBackend.CUDNN_ATTENTION: half and head_dim <= 256}[backend]
 
-
-def test_the_fastest_kernel_that_runs_is_taken(gpu_with_everything):
-    def kernel(dtype=torch.bfloat16, chunk=False, head_dim=64, device="cuda", grouped=True):
+    def kernel(capability, packages=(), dtype=torch.bfloat16, head_dim=64, chunk=False, grouped=True, device="cuda"):
+        monkeypatch.setattr(longrope, "sdpa_runs", runs)
+        monkeypatch.setattr(longrope, "is_installed", lambda package: package in packages)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         longrope.attention_kernel.cache_clear()
         return longrope.attention_kernel(device, dtype, head_dim, grouped, chunk)
-    assert kernel() == kernel(chunk=True) == "flash-attn-4"
-    assert kernel(torch.float32) == kernel(torch.float32, chunk=True) == "math"
-    assert kernel(torch.float32, grouped=False) == "efficient"
-    assert kernel(head_dim=80) == "flash-attn-4" and kernel(head_dim=256) == "cudnn"
-    gpu_with_everything.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert kernel() == "cudnn" and kernel(chunk=True) == "flash-attn-2"
-    gpu_with_everything.setattr(longrope, "is_installed", lambda package: package == "flash-attn-2")
-    assert kernel() == "cudnn" and kernel(chunk=True) == "flash"
-    gpu_with_everything.setattr(longrope, "sdpa_runs", lambda backend, *_: backend == SDPBackend.MATH)
-    assert kernel() == "math" and kernel(device="cpu") == "math"
-    gpu_with_everything.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert kernel(chunk=True) == "math"
+    use_attention(None)
+    yield kernel
+    use_attention(None)
+
+
+@pytest.mark.parametrize("capability, packages, options, kernel", [
+    (HOPPER, BOTH, {}, "flash-attn-4"),
+    (HOPPER, BOTH, {"chunk": True}, "flash-attn-4"),
+    (HOPPER, BOTH, {"head_dim": 80}, "flash-attn-4"),
+    (HOPPER, BOTH, {"head_dim": 256}, "cudnn"),
+    (HOPPER, BOTH, {"head_dim": 256, "chunk": True}, "flash-attn-2"),
+    (HOPPER, BOTH, {"head_dim": 512}, "math"),
+    (HOPPER, BOTH, {"head_dim": 512, "chunk": True}, "math"),
+    (HOPPER, BOTH, {"dtype": torch.float32}, "math"),
+    (HOPPER, BOTH, {"dtype": torch.float32, "chunk": True}, "math"),
+    (HOPPER, BOTH, {"dtype": torch.float32, "grouped": False}, "efficient"),
+    (HOPPER, (), {}, "cudnn"),
+    (HOPPER, (), {"chunk": True}, "flash"),
+    (BLACKWELL, ("flash-attn",), {}, "cudnn"),
+    ((12, 0), ("flash-attn",), {}, "flash-attn-2"),
+    (AMPERE, BOTH, {}, "flash-attn-2"),
+    (AMPERE, BOTH, {"chunk": True}, "flash-attn-2"),
+    (AMPERE, ("flash-attn-4",), {}, "flash"),
+    (AMPERE, (), {}, "flash"),
+    (AMPERE, (), {"chunk": True}, "flash"),
+    (AMPERE, (), {"head_dim": 60, "chunk": True}, "math"),
+    (TURING, (), {"chunk": True}, "math"),
+    ((0, 0), BOTH, {"device": "cpu"}, "flash"),
+    ((0, 0), BOTH, {"device": "cpu", "dtype": torch.float32}, "flash"),
+])
+def test_the_fastest_kernel_that_runs_is_taken(gpu, capability, packages, options, kernel):
+    assert gpu(capability, packages, **options) == kernel
+
+
+def test_a_kernel_can_be_forced_where_another_is_preferred_but_not_where_it_does_not_run(gpu):
+    use_attention("cudnn")
+    assert gpu(AMPERE, BOTH) == "cudnn"
     use_attention("flash-attn-4")
     with pytest.raises(UserError, match="attention flash-attn-4: not for cuda, bfloat16, head_dim 64, grouped heads"):
-        kernel()
+        gpu(AMPERE, BOTH)
 
 
 def test_a_forced_kernel_is_the_one_that_is_used_and_one_that_cannot_run_is_one_line(bundled, monkeypatch):
@@ -281,6 +308,9 @@ def test_some_heads_at_a_time_give_the_same_logits(tmp_path, monkeypatch, kv_hea
     assert_close(model(tokens), whole, atol=1e-4, rtol=1e-4)
     assert used == [(4, kv_heads)] * 2 + calls * 2
     assert_same_logits(whole, hf_logits(hf, tokens))
+    monkeypatch.setattr(longrope, "AT_ONCE", 100 * 64 * 4 // kv_heads)  # one key head's queries are as many
+    with pytest.raises(UserError, match="100 tokens are too many"):
+        model(tokens)
     model.requires_grad_(True)
     assert model(tokens).requires_grad and used[-1] == (4, kv_heads)  # training keeps all heads
 

@@ -1,13 +1,15 @@
 """Time and memory of the forward pass and of a training step, beside transformers' on the same weights and inputs.
 
-    $ python tests/bench_peers.py --out out/peers.json                     # one H100, two minutes
-    $ python tests/bench_peers.py --model SMOLLM2_DIR --out out/peers.json
+    $ python tests/bench_peers.py                                          # one H100, two minutes
+    $ python tests/bench_peers.py --model SMOLLM2_DIR
+    $ python tests/bench_peers.py --two-million
 
 One layer of Llama-3-8B's shape and a small model (random weights of SmolLM2-135M's shape, or --model), in bfloat16. In
-one run: the rate of a large matrix product, the ceiling; transformers with PyTorch's attention; this repository with
-flash-attn-4 and with PyTorch's cuDNN alone. Each row: seconds (median of some), tokens/s, TFLOP/s, its share of the
-ceiling, peak memory above weights and input, the largest difference from transformers' result, and in the JSON the
-kernels that take longest.
+one run: the rate of a large matrix product, the ceiling; transformers, uncompiled as it is delivered, with PyTorch's
+attention; this repository with flash-attn-4 and with PyTorch's cuDNN alone. The programs take turns, so that a clock
+that sinks as the GPU warms is the same for all. Each row: seconds (median of the turns), tokens/s, TFLOP/s, its share
+of the ceiling, peak memory above weights and input, how much the result differs from transformers' (root mean square,
+relative), and in the JSON the fastest and slowest turn and the kernels that take longest.
 """
 import argparse
 import json
@@ -31,6 +33,7 @@ from longrope import (  # noqa: E402
     attention_kernel,
     compile_blocks,
     forward_flops,
+    is_installed,
     load_model,
     use_attention,
     versions,
@@ -41,7 +44,7 @@ LLAMA3 = {"model_type": "llama", "vocab_size": 256, "hidden_size": 4096, "interm
           "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": True}
 SMOLLM2 = LLAMA3 | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
                     "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0}
-OURS = ("flash-attn-4", "cudnn")
+OURS = [kernel for kernel in ("flash-attn-4", "cudnn") if kernel == "cudnn" or is_installed(kernel)]
 
 
 def ours_of(config):
@@ -54,28 +57,23 @@ def ours_of(config):
     return model
 
 
-def measured(step, repeats, warm=None):
-    """Of one step: its result, the median of the seconds, and the peak of memory above what was there before."""
-    (warm or step)()  # compiles, and warms up
+def timed(step):
+    """Seconds of one step, and its result."""
     torch.cuda.synchronize()
-    before, took = torch.cuda.memory_allocated(), []
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(repeats):
-        result = None
-        begun = time.perf_counter()
-        result = step()
-        torch.cuda.synchronize()
-        took.append(time.perf_counter() - begun)
-    return result, statistics.median(took), (torch.cuda.max_memory_allocated() - before) / 2**30
+    begun = time.perf_counter()
+    result = step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun, result
 
 
-def kernels_of(step, most=12):
-    """[[milliseconds, calls, name], ...] of the kernels that take longest in one step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+def kernels_of(step, most=15):
+    """[[milliseconds, calls, name], ...] of the kernels that take longest in one step, and of all together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         step()
         torch.cuda.synchronize()
-    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:most]
-    return [[round(event.self_device_time_total / 1000, 2), event.count, event.key[:80]] for event in found]
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    rows = [[round(event.self_device_time_total / 1000, 2), event.count, event.key[:160]] for event in found]
+    return [[round(sum(row[0] for row in rows), 2), sum(row[1] for row in rows), "all"], *rows[:most]]
 
 
 def ceiling():
@@ -85,45 +83,66 @@ def ceiling():
     def products():
         for _ in range(20):
             a @ b
-    return 20 * 2 * 8192**3 / measured(products, 3)[1]
+    return 20 * 2 * 8192**3 / statistics.median(timed(products)[0] for _ in range(4))
 
 
 class Table:
-    def __init__(self, out):
-        self.out, self.ceiling, self.rows = out, ceiling(), []
-        print(f"matrix product 8192^3: {self.ceiling / 1e12:.0f} TFLOP/s\n{'work':36} {'program':22} {'seconds':>8} "
-              f"{'ratio':>6} {'tokens/s':>9} {'TFLOP/s':>8} {'share':>6} {'GiB':>7} {'ratio':>6} {'difference':>11}",
+    def __init__(self, args):
+        self.out, self.ceiling, self.rows = args.out, ceiling(), []
+        self.about = {"model": args.model or "random weights", "ceiling_tflops": self.ceiling / 1e12, **versions(),
+                      **{name: version(name) for name in ("transformers", "flash-attn-4") if is_installed(name)}}
+        print(f"matrix product 8192^3: {self.ceiling / 1e12:.0f} TFLOP/s\n{'work':36} {'program':14} {'seconds':>8} "
+              f"{'ratio':>6} {'tokens/s':>9} {'TFLOP/s':>8} {'share':>6} {'GiB':>7} {'ratio':>6} {'difference':>10}",
               flush=True)
 
-    def add(self, work, program, tokens, flops, step, repeats=3, warm=None):
-        """Measure and print; the first program of a work is what the others are compared with."""
-        try:
-            result, seconds, gib = measured(step, repeats, warm)
-            kernels = kernels_of(step) if repeats > 1 else None  # what bounds it
-        except torch.OutOfMemoryError:
-            print(f"{work:36} {program:22} out of memory", flush=True)
-            self.rows.append({"work": work, "program": program, "error": "out of memory"})
-            return
-        finally:
+    def add(self, work, tokens, flops, programs, turns=5):
+        """Measure and print. programs: {name: step}; the first is what the others are compared with."""
+        results, gib, took = {}, {}, {name: [] for name in programs}
+        for name, step in list(programs.items()):
+            try:
+                step()  # compiles, and warms up
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                result = step()
+                gib[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+                results[name] = result.cpu().float()
+                del result
+            except torch.OutOfMemoryError:
+                print(f"{work:36} {name:14} out of memory", flush=True)
+                self.rows.append({"work": work, "program": name, "error": "out of memory"})
+                del programs[name]
             torch.cuda.empty_cache()
-        first = next((r for r in self.rows if r["work"] == work and "seconds" in r), None)
-        if first is None:
-            self.reference, difference = result, None
-        else:
-            difference = (result.float() - self.reference.float()).abs().max().item()
-        row = {"work": work, "program": program, "seconds": seconds, "tokens_per_s": tokens / seconds,
-               "tflops": flops / seconds / 1e12, "share_of_ceiling": flops / seconds / self.ceiling, "gib": gib,
-               "time_ratio": seconds / (first or {"seconds": seconds})["seconds"],
-               "memory_ratio": gib / (first or {"gib": gib})["gib"], "largest_difference": difference,
-               "kernels": kernels}
-        self.rows.append(row)
-        print(f"{work:36} {program:22} {seconds:8.3f} {row['time_ratio']:6.2f} {row['tokens_per_s']:9.3g} "
-              f"{row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib:7.2f} {row['memory_ratio']:6.2f} "
-              f"{'-' if difference is None else f'{difference:.3g}':>11}", flush=True)
+        for _ in range(turns):
+            for name, step in programs.items():
+                took[name].append(timed(step)[0])
+        first = next(iter(programs))
+        for name, step in programs.items():
+            seconds, reference = statistics.median(took[name]), results[first]
+            row = {"work": work, "program": name, "seconds": seconds, "fastest": min(took[name]),
+                   "slowest": max(took[name]), "turns": turns, "tokens_per_s": tokens / seconds,
+                   "tflops": flops / seconds / 1e12, "share_of_ceiling": flops / seconds / self.ceiling,
+                   "gib": gib[name], "time_ratio": seconds / statistics.median(took[first]),
+                   "memory_ratio": gib[name] / gib[first],
+                   "difference": ((results[name] - reference).norm() / reference.norm()).item(),
+                   "kernels": kernels_of(step)}
+            self.rows.append(row)
+            print(f"{work:36} {name:14} {seconds:8.3f} {row['time_ratio']:6.2f} {row['tokens_per_s']:9.3g} "
+                  f"{row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib[name]:7.2f} {row['memory_ratio']:6.2f} "
+                  f"{row['difference']:10.2g}", flush=True)
+        self.save()
+
+    def save(self):
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps({
-            "ceiling_tflops": self.ceiling / 1e12, **versions(),
-            **{name: version(name) for name in ("transformers", "flash-attn-4")}, "rows": self.rows}, indent=1) + "\n")
+        self.out.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n")
+
+
+def with_kernel(kernel, step):
+    """The step with that attention kernel of ours."""
+    def forced():
+        use_attention(kernel)
+        return step()
+    return forced
 
 
 def layer(table, tokens, training):
@@ -146,25 +165,24 @@ def layer(table, tokens, training):
         if not training:
             with torch.no_grad():
                 return forward(x)
-        module.zero_grad(set_to_none=True)
         module.requires_grad_(True)
         leaf = x.detach().requires_grad_()
         forward(leaf).backward(grad)
+        module.zero_grad(set_to_none=True)
         return leaf.grad
     positions = torch.arange(tokens, device="cuda")[None]
 
     def theirs(x):
         out = hf(x, attention_mask=None, position_ids=positions, position_embeddings=both)
         return out[0] if isinstance(out, tuple) else out
+    # transformers' own checkpointing computes all of a layer again, ours all but attention's output
     checkpointed = theirs if not training else lambda x: checkpoint(theirs, x, use_reentrant=False)
-    times = 3 if training else 1  # backward takes twice forward; what is computed again is not counted
-    table.add(work, "transformers", tokens, times * flops, lambda: step(checkpointed, hf))
     compile_blocks(model)
     if training:
         finetune.recompute(model)
-    for kernel in OURS:
-        use_attention(kernel)
-        table.add(work, kernel, tokens, times * flops, lambda: step(lambda x: block(x, cos, sin), block))
+    times = 3 if training else 1  # backward takes twice forward; what is computed again is not counted
+    table.add(work, tokens, times * flops, {"transformers": lambda: step(checkpointed, hf)} | {
+        kernel: with_kernel(kernel, lambda: step(lambda x: block(x, cos, sin), block)) for kernel in OURS})
     use_attention(None)
 
 
@@ -181,38 +199,46 @@ def whole_model(table, path, tokens):
     hf.requires_grad_(False)
     ids = torch.randint(model.config.vocab_size, (1, tokens), device="cuda",
                         generator=torch.Generator("cuda").manual_seed(0))
-    work, flops = f"SmolLM2-135M, forward, {tokens}", forward_flops(model, tokens)
+    flops = forward_flops(model, tokens) - 2 * model.unembedding.numel() * (tokens - 1024)
 
     def logits(hidden):
         return hidden[0, 7168:8192] @ model.unembedding.T
     with torch.inference_mode():
-        table.add(work, "transformers", tokens, flops, lambda: logits(hf.model(ids, use_cache=False)[0]))
-        for kernel in OURS:
-            use_attention(kernel)
-            table.add(work, kernel, tokens, flops, lambda: logits(model.hidden(ids)))
+        table.add(f"SmolLM2-135M, forward, {tokens}", tokens, flops, {
+            "transformers": lambda: logits(hf.model(ids, use_cache=False)[0])} | {
+            kernel: with_kernel(kernel, lambda: logits(model.hidden(ids))) for kernel in OURS})
     use_attention(None)
 
 
 def two_million(table, layers=2, tokens=2**21):
-    """2,097,152 tokens through some layers of Llama-3-8B, head by head."""
+    """2,097,152 tokens through some layers of Llama-3-8B, head by head, once."""
     model = ours_of(LLAMA3 | {"num_hidden_layers": layers})
-    compile_blocks(model)
     ids = torch.randint(256, (1, tokens), device="cuda")
-    flops = forward_flops(model, tokens)
+    kernel, flops = attention_kernel("cuda", torch.bfloat16, 128, True), forward_flops(model, tokens)
     with torch.inference_mode():
-        kernel = attention_kernel("cuda", torch.bfloat16, 128, True)
-        table.add(f"Llama-3-8B, {layers} layers, {tokens}", kernel, tokens, flops,
-                  lambda: model.hidden(ids)[0, -8:].clone(), repeats=1,
-                  warm=lambda: model.hidden(ids[:, :tokens // 4]))  # some heads at a time already
+        model.hidden(ids[:, :tokens // 4])  # warms up; some heads at a time already
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        seconds, _ = timed(lambda: model.hidden(ids))
+    row = {"work": f"Llama-3-8B, {layers} layers, {tokens}", "program": kernel, "seconds": seconds,
+           "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
+           "share_of_ceiling": flops / seconds / table.ceiling,
+           "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
+    table.rows.append(row)
+    print(f"{row['work']:36} {kernel:14} {seconds:8.3f} {'':6} {row['tokens_per_s']:9.3g} {row['tflops']:8.0f} "
+          f"{row['share_of_ceiling']:6.1%} {row['gib']:7.2f}")
+    table.save()
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="directory of SmolLM2-135M (default: random weights of its shape)")
     p.add_argument("--two-million", action="store_true", help="2,097,152 tokens through 2 layers of the 8B, alone")
-    p.add_argument("--out", type=Path, default=Path("out/peers.json"))
+    p.add_argument("--out", type=Path, help="(default: out/peers.json, out/two-million.json)")
     args = p.parse_args()
-    table = Table(args.out)
+    args.out = args.out or Path("out/two-million.json" if args.two_million else "out/peers.json")
+    table = Table(args)
     if args.two_million:
         return two_million(table)
     layer(table, 131072, training=False)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import time
@@ -213,7 +214,6 @@ def learning_rate(step, steps, peak, warmup, schedule):
 def train(model, data, device, args, out, identity):
     """The training loop: fp32 master weights, bf16 compute on a GPU. `data` (N, T) segments."""
     compute_dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    flops = 3 * forward_flops(model, data.shape[1]) * args.batch_size  # of a step: backward takes twice forward
     model.requires_grad_(True).train()
     if args.checkpointing:
         recompute(model)
@@ -229,7 +229,6 @@ def train(model, data, device, args, out, identity):
                                    {"params": rest, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     start = load_checkpoint(out, model, optimizer) if args.resume else 0
-    predicted = args.batch_size * (data.shape[1] - 1)  # tokens in a step, over all processes
     log = open_log(out / "log.jsonl", start)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train", unit="step", smoothing=0.05,
                disable=rank() > 0)
@@ -238,10 +237,14 @@ def train(model, data, device, args, out, identity):
         lr = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
+        length = random.Random(f"{args.seed} {step}").choice([args.len, *args.mix])  # all processes draw the same
+        pieces = args.batch_size * args.len // length  # in a step, over all processes
+        predicted, flops = pieces * (length - 1), 3 * forward_flops(model, length) * pieces  # backward is twice forward
         total = torch.zeros((), device=device)
         mine = batch_of(data, step, args.batch_size, args.seed)[group::groups]
         for tokens in mine.split(args.micro_batch_size):
-            loss = loss_of(model, tokens.to(device), compute_dtype, context) / predicted
+            tokens = tokens.to(device).view(-1, length)  # what lies within the window is trained under the short set
+            loss = loss_of(model, tokens, compute_dtype, context) / predicted
             (loss * world_size()).backward()  # FSDP takes the mean over processes; gradients add up over micro-batches
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -250,8 +253,8 @@ def train(model, data, device, args, out, identity):
         if dist.is_initialized():
             dist.all_reduce(total)
             norm = norm.full_tensor()
-        line = {"step": step, "loss": total.item(), "lr": lr, "grad_norm": norm.item()}
-        line |= speed(args.batch_size * data.shape[1], flops, time.perf_counter() - begun, device)
+        line = {"step": step, "len": length, "loss": total.item(), "lr": lr, "grad_norm": norm.item()}
+        line |= speed(args.batch_size * args.len, flops, time.perf_counter() - begun, device)
         log.write(json.dumps(line) + "\n")
         log.flush()
         bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "lr")})
@@ -351,6 +354,10 @@ def parser():
     p.add_argument("--rope", help="rope.json, or none, pi, ntk, yarn (default: what the model's directory says; for "
                    "the bundled model out/search-LEN/rope.json or else, at 8 times its window, assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
+    p.add_argument("--mix", type=int, nargs="+", default=[], metavar="LEN",
+                   help="each step's segments are left whole or cut into pieces of one of these lengths, by chance. "
+                   "Pieces within the original window are trained under the short set, so that the window is not "
+                   "forgotten (LongRoPE2's mixed context window training) (default: all are left whole)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
                    help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
                    "batch 64, 400 steps, segments of 16384 tokens under the long factors; other flags override them")
@@ -394,13 +401,17 @@ def complete(args, model, device):
         raise UserError("--dtype float16: gradients would vanish in it; take bfloat16 or float32")
     if args.len < 4:
         raise UserError(f"--len {args.len}: a segment is BOS, text and EOS, at least 4 tokens")
+    for length in args.mix:
+        if length < 4 or args.len % length:
+            raise UserError(f"--mix {length}: --len {args.len} must be a multiple of it, and it at least 4")
     groups, rest = divmod(world_size(), args.context_parallel)
     if rest or args.batch_size % groups:
         raise UserError(f"{world_size()} processes, {args.context_parallel} to a sequence, cannot share --batch-size "
                         f"{args.batch_size} evenly")
-    if args.context_parallel > 1 and args.len % (2 * args.context_parallel):
-        raise UserError(f"--len {args.len} must be a multiple of {2 * args.context_parallel} for --context-parallel "
-                        f"{args.context_parallel}")
+    for length in (args.len, *args.mix) if args.context_parallel > 1 else ():
+        if length % (2 * args.context_parallel):
+            raise UserError(f"{length} tokens are no multiple of {2 * args.context_parallel}, as --context-parallel "
+                            f"{args.context_parallel} needs")
     if args.checkpointing is None:
         tokens = min(args.micro_batch_size, args.batch_size // groups) * args.len // args.context_parallel
         args.checkpointing = tokens * config.num_hidden_layers * config.hidden_size > 5e8
@@ -434,7 +445,9 @@ def main(argv=None):
     model.rope = replace(rope, short=None, short_max_length=0) if args.recipe == "mistral" else rope
     factors = model.rope.at(args.len).rescale_factors
     tokenizer = load_tokenizer(args.model)
-    say(f"fine-tuning {args.model} on segments of {args.len} tokens of {' '.join(args.data) or 'the standard library'}"
+    cut = f", whole or cut to {' or '.join(map(str, args.mix))}," if args.mix else ""
+    say(f"fine-tuning {args.model} on segments of {args.len} tokens{cut} of "
+        f"{' '.join(args.data) or 'the standard library'}"
         f"\nrope {args.rope or 'of the model'}, factors {min(factors):.2f} to {max(factors):.2f}; {args.steps} steps "
         f"of {args.batch_size} segments, lr {args.lr:g} {args.schedule} after {args.warmup} steps of warm-up"
         f"\n{world_size()} processes on {device.type}, {args.context_parallel} to a sequence, activation checkpointing "
@@ -448,8 +461,8 @@ def main(argv=None):
         dist.broadcast_object_list(weights)
     identity = {"model": weights[0], "data": source,
                 "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest()}
-    identity |= {key: getattr(args, key) for key in ("len", "seed", "batch_size", "steps", "lr", "schedule", "warmup",
-                                                     "clip", "weight_decay", "dtype")}
+    identity |= {key: getattr(args, key) for key in ("len", "mix", "seed", "batch_size", "steps", "lr", "schedule",
+                                                     "warmup", "clip", "weight_decay", "dtype")}
     check_checkpoint(out, args.resume, identity)
     barrier()
     begun = time.perf_counter()

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -233,7 +234,7 @@ def test_resume_refuses_another_model_data_or_length(stopped, tiny, inputs, caps
                                 ("--data", stopped / "other.txt", "another data"), ("--batch-size", 2, "batch_size"),
                                 ("--rope", "pi", "another rope"), ("--seed", 1, "another seed"),
                                 ("--lr", 1e-5, "another lr"), ("--schedule", "constant", "another schedule"),
-                                ("--steps", 40, "steps"), ("--clip", 2.0, "clip")):
+                                ("--steps", 40, "steps"), ("--clip", 2.0, "clip"), ("--mix", WINDOW, "another mix")):
         line = complaint(finetune.main, capsys, *command(tiny, inputs, stopped), "--resume", change, value)
         assert said in line and "checkpoint-4" in line
     assert (stopped / "checkpoint-4").exists() and len(losses(stopped)) == 4
@@ -303,6 +304,25 @@ def test_the_mistral_recipe_trains_within_the_window_under_the_long_factors(tiny
     assert f"{max(tiny_rope.rescale_factors):.2f}" in capsys.readouterr().out.splitlines()[1]
     assert abs(losses(tmp_path / "out")[0] - losses(tmp_path / "plain")[0]) > 1e-3
     assert Rope.load(tmp_path / "out" / "rope.json") == tiny_rope  # with its short set
+
+
+def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_window(tiny, inputs, tmp_path, capsys):
+    """With a learning rate of 0 every step's loss is that of the model as it was, on pieces of the step's length."""
+    rope = replace(Rope.load(inputs / "rope.json"), short=Rope(random_factors(4, 2), 10000.0, WINDOW),
+                   short_max_length=WINDOW)
+    rope.save(tmp_path / "rope.json")
+    finetune.main([*command(tiny, inputs, tmp_path / "out"), "--device", "cpu", "--rope", str(tmp_path / "rope.json"),
+                   "--lr", "0", "--mix", str(WINDOW), str(WINDOW // 2)])
+    assert f"{LENGTH} tokens, whole or cut to {WINDOW} or {WINDOW // 2}, of" in capsys.readouterr().out
+    data = cut(read_documents([inputs / "text.txt"]), load_tokenizer(tiny), LENGTH)
+    log, model = read_lines(tmp_path / "out" / "log.jsonl"), load_model(tiny, rope, device="cpu")
+    assert {line["len"] for line in log} == {LENGTH, WINDOW, WINDOW // 2}
+    for line in log:
+        pieces = batch_of(data, line["step"], 4, seed=0).view(-1, line["len"])
+        logits = model(pieces)  # long or short by the pieces' length
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), pieces[:, 1:].flatten())
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert Rope.load(tmp_path / "out" / "rope.json") == rope
 
 
 class CountAttention(TorchDispatchMode):
@@ -409,6 +429,8 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--rope", "nowhere.json"], "nowhere.json"),
     (["--len", "100000"], "no document fills one segment of 100000 tokens"),
+    (["--mix", "64", "100"], f"--mix 100: --len {LENGTH} must be a multiple of it"),
+    (["--mix", "1"], "--mix 1: "),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, inputs, tmp_path, capsys, changes, said):
     assert said in complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), *changes)

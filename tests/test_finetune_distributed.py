@@ -78,6 +78,15 @@ def alone(tiny, inputs, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def mixed(tiny, inputs, tmp_path_factory):
+    """The same of segments cut by chance."""
+    out = tmp_path_factory.mktemp("mixed")
+    finetune.main(command(tiny, inputs, out, "--mix", LENGTH // 2, LENGTH // 4))
+    assert len(set(column(out, "len").tolist())) > 1
+    return out
+
+
 def column(out, name):
     log = read_lines(out / "log.jsonl")
     assert [line["step"] for line in log] == list(range(STEPS))
@@ -103,6 +112,12 @@ def test_two_processes_train_as_one(tiny, inputs, tmp_path, alone, more):
 def test_four_processes_two_to_a_sequence_train_as_one(tiny, inputs, tmp_path, alone):
     spawn(4, train, command(tiny, inputs, tmp_path, "--context-parallel", 2, "--checkpointing"))
     assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.parametrize("count, more", [(2, ()), (2, ("--context-parallel", 2)), (4, ("--context-parallel", 2))])
+def test_several_processes_cut_segments_alike(tiny, inputs, tmp_path, mixed, count, more):
+    spawn(count, train, command(tiny, inputs, tmp_path, "--mix", LENGTH // 2, LENGTH // 4, *more))
+    assert_same_run(tmp_path, mixed)
 
 
 def test_more_processes_than_segments_share_a_sequence(tiny, inputs, tmp_path):
@@ -215,7 +230,8 @@ def test_torchrun_ends_cleanly(tiny, inputs, tmp_path, alone):
 @pytest.mark.parametrize("more, said", [
     (("--batch-size", 3, "--context-parallel", 1), "cannot share --batch-size 3 evenly"),
     (("--context-parallel", 3), "cannot share"),
-    (("--context-parallel", 2, "--len", 126), "--len 126 must be a multiple of 4"),
+    (("--context-parallel", 2, "--len", 126), "126 tokens are no multiple of 4"),
+    (("--context-parallel", 2, "--mix", 2), "--mix 2: "),
 ])
 def test_what_the_processes_cannot_share_is_the_users_mistake(tiny, inputs, tmp_path, monkeypatch, more, said):
     monkeypatch.setattr(finetune, "world_size", lambda: 2)

@@ -518,8 +518,9 @@ def say_table(rows, length, searched, held_out, fitness):
     say(f"\nperplexity{' of the answer' if fitness == 'needle' else ''} at {length} tokens, one window a document")
     say(f"{'rope':10}{'attention factor':>18}{f'{len(searched)} searched on':>18}{f'{len(held_out)} unseen':>14}")
     for row in rows:
-        unseen_ppl = f"{row['unseen']:14.3f}" if held_out else f"{'-':>14}"
-        say(f"{row['rope']:10}{row['attention_factor']:18.3f}{row['search']:18.3f}{unseen_ppl}")
+        on, off = ("-" if ppl is None else f"{ppl:.3f}" if ppl < 1e6 else f"{ppl:.2e}"  # a pass key can be hopeless
+                   for ppl in (row["search"], row["unseen"]))
+        say(f"{row['rope']:10}{row['attention_factor']:18.3f}{on:>18}{off:>14}")
     for where in ("search", "unseen") if held_out else ("search",):
         other = min(rows[:-1], key=lambda row: row[where])
         gain = 1 - rows[-1][where] / other[where]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import search
 from longrope import (
     Rope,
+    Window,
     data_hash,
     load_model,
     load_tokenizer,
@@ -539,6 +540,15 @@ def test_search_prints_the_cost_first_and_a_table_at_the_end(searched):
     assert all(1 < ppl < 1e6 for row in rows.values() for ppl in row[1:])
     assert all(row[1] != row[2] for row in rows.values())  # on the search's documents and on others
     assert (out / "search.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_columns_of_the_table_stay_apart_whatever_is_in_them(capsys):
+    rows = [{"rope": "pi", "attention_factor": 1.0, "search": 8.486e11, "unseen": 5.1e8},
+            {"rope": "searched", "attention_factor": 1.14, "search": math.inf, "unseen": 999999.0}]
+    search.say_table(rows, 256, [Window("a", torch.zeros(256))] * 2, [Window("b", torch.zeros(256))], "needle")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[3].split() == ["pi", "1.000", "8.49e+11", "5.10e+08"]
+    assert printed[4].split() == ["searched", "1.140", "inf", "999999.000"]
 
 
 def test_the_same_command_finds_the_same_factors_again(searched, tiny, books, tmp_path, capsys):

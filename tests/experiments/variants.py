@@ -4,9 +4,11 @@
 
 Writes, each for the length that the search was for, {pi,ntk,yarn}-su.json: cos and sin multiplied by
 sqrt(1 + ln s / ln L0) in place of the methods' own factor; lambda.json: n_hat 0 and no multiplier;
-lambda-n_hat.json: no multiplier; long.json: the long set at every length.
+lambda-n_hat.json: no multiplier; long.json: the long set at every length; with --least NUMBER bounded.json: no factor
+below NUMBER where a pair makes no full turn within the original window (LongRoPE2, arXiv 2502.20082, wants at least s).
 """
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="the model that was searched for")
     p.add_argument("--rope", type=Path, required=True, help="rope.json of a search")
+    p.add_argument("--least", type=float, help="of the factors of pairs that make no full turn within the window")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     model = load_model(args.model, args.rope, device="meta")
@@ -30,6 +33,12 @@ def main():
     replace(found, attention_factor=1.0).save(args.out / "lambda-n_hat.json")
     replace(found, attention_factor=1.0, n_hat=0).save(args.out / "lambda.json")
     replace(found, short=None).save(args.out / "long.json")
+    if args.least:
+        wavelength = [2 * math.pi * found.rope_theta ** (2 * i / model.config.head_dim)
+                      for i in range(model.config.head_dim // 2)]
+        bounded = [max(factor, args.least) if length > model.window else factor
+                   for factor, length in zip(found.rescale_factors, wavelength)]
+        replace(found, rescale_factors=tuple(bounded)).save(args.out / "bounded.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""The two pictures of the experiment with SmolLM2, from what smollm2.sh left.
+
+    $ python tests/experiments/smollm2_plot.py results/smollm2 assets
+
+smollm2_search.png: the best so far as the searches went on (the paper's figure 6), for both fitnesses. smollm2_ppl.png:
+perplexity and pass keys over the length, before and after fine-tuning.
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+LENGTHS = {"64k": (65536, "#0072B2"), "128k": (131072, "#D55E00")}
+CURVES = (  # label, directory of ppl-* and passkey-*, rope, colour, line
+    ("as trained", "64k", "none", "#999999", "-"),
+    ("YaRN", "64k", "yarn", "#009E73", "--"),
+    ("YaRN, su", "64k", "yarn-su.json", "#009E73", "-"),
+    ("searched for 65536", "64k", "search-64k/rope.json", "#0072B2", "-"),
+    ("fine-tuned at 131072", "128k", "recovered/rope.json", "#D55E00", "-"),
+    ("control", "control", "none", "#000000", ":"),
+)
+
+
+def progress(results, picture):
+    fig, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, fitness, what in zip(panels, ("search", "needle"), ("perplexity of books", "perplexity of the pass key")):
+        for name, (length, color) in LENGTHS.items():
+            history = (results / f"{fitness}-{name}" / "history.jsonl").read_text().splitlines()[1:]
+            lines = [json.loads(line) for line in history]
+            ppl = np.array([line["ppl"] or np.nan for line in lines])  # none where racing dropped it
+            read = np.cumsum([len(line["nll"]) for line in lines])
+            ax.step(read, np.fmin.accumulate(ppl), where="post", color=color, lw=2, label=f"{length} tokens")
+            for line in lines:
+                if style := {"ntk": ":", "yarn": "--"}.get(line["origin"]):
+                    ax.axhline(line["ppl"], color=color, ls=style, lw=1, label=f"{line['origin']} there")
+        ax.set(yscale="log", xlabel="documents evaluated", ylabel=what,
+               title=f"{'plain' if fitness == 'search' else fitness} fitness")
+        ax.legend(fontsize=8)
+    fig.savefig(picture, dpi=110)
+
+
+def rows(path, rope):
+    return [row for row in json.loads(path.read_text())["rows"] if row["rope"].endswith(rope)]
+
+
+def over_length(results, picture):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for label, where, rope, color, line in CURVES:
+        style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
+        ppl = {row["length"]: row["ppl"] for row in rows(results / f"ppl-{where}" / "ppl.json", rope)}
+        left.plot(sorted(ppl), [ppl[n] for n in sorted(ppl)], **style)
+        hits, trials = {}, {}
+        for row in rows(results / f"passkey-{where}" / "passkey.json", rope):
+            hits[row["length"]] = hits.get(row["length"], 0) + row["hits"]
+            trials[row["length"]] = trials.get(row["length"], 0) + row["trials"]
+        right.plot(sorted(hits), [hits[n] / trials[n] for n in sorted(hits)], **style)
+    left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity", ylim=(20, 45))
+    right.set(xscale="log", xlabel="prompt (tokens)", ylabel="pass keys found", ylim=(-0.05, 1.05))
+    for ax in (left, right):
+        ax.set_xticks([2048 * 2**i for i in range(7)], [f"{2 * 2**i}k" for i in range(7)])
+        ax.minorticks_off()
+    left.legend(fontsize=8)
+    fig.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    results, assets = map(Path, sys.argv[1:])
+    progress(results, assets / "smollm2_search.png")
+    over_length(results, assets / "smollm2_ppl.png")

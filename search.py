@@ -159,8 +159,8 @@ def unseen(make, count, seen):
 def search(args, rng, starts, space, evaluate):
     """The best individual after `args.iterations` generations, or `args.max_evals` evaluations.
 
-    starts: PI, NTK and YaRN as individuals. evaluate(population, iteration, parents' NLLs) -> {individual: NLL of each
-    document, or None if racing dropped it}.
+    starts: PI, NTK and YaRN as individuals, and what else the search begins with. evaluate(population, iteration,
+    parents' NLLs) -> {individual: NLL of each document, or None if racing dropped it}.
     """
     mutants = unseen(lambda: mutate(rng, starts[rng.integers(len(starts))], args.mutation_prob, space),
                      args.population_size - len(starts), set(starts))
@@ -369,9 +369,16 @@ def perplexity_of(nlls, found):
 
 def start_of(args, model, init):
     """(starts, space, make_rope, ropes to compare with) of the search that the arguments ask for. init: the rope of
-    --init, or None."""
+    --init, or None. That of --start is compared as it is after being put into the space, as an individual."""
     start = {"start": resolve_rope(args.start, model, args.len).at(args.len)} if args.start else {}
-    return recovery(args, model, init, start) if args.short else extension(args, model, init, start)
+    starts, space, make_rope, compared = (recovery if args.short else extension)(args, model, init, start)
+    for name, given in start.items():
+        compared[name] = make_rope(starts[0])
+        used = compared[name].at(args.len)
+        if not np.allclose(used.rescale_factors, given.rescale_factors, atol=0.01) or used.n_hat != given.n_hat:
+            say(f"--start: put into the space of this search (factors up to {space.largest:g} of --init's, rising; "
+                f"n_hat {used.n_hat})")
+    return starts, space, make_rope, compared
 
 
 def extension(args, model, init, start):
@@ -397,7 +404,7 @@ def extension(args, model, init, start):
     named = formulas(model, window, scale)
     compared = {"none": base} | {
         name: replace(extended(rope), attention_factor=yarn_factor(total_scale) if name == "yarn" else
-                      base.attention_factor) for name, rope in named.items()} | start
+                      base.attention_factor) for name, rope in named.items()}
     relative = {name: replace(rope, rescale_factors=tuple(np.divide(rope.rescale_factors, base.rescale_factors)))
                 for name, rope in start.items()}
     starts, space = into_space(args, relative | named, base.n_hat, scale, attention, attention_range)
@@ -422,8 +429,7 @@ def recovery(args, model, init, start):
     known = {"none": trained, "long": init}
     starts, space = into_space(args, start | known | formulas(model, model.window, scale), init.n_hat, scale,
                                attention, attention_range)
-    return starts, space, make_rope, {"none": with_short(trained), "long": replace(init, short=None)} | {
-        name: with_short(rope) for name, rope in start.items()}
+    return starts, space, make_rope, {"none": with_short(trained), "long": replace(init, short=None)}
 
 
 def formulas(model, window, scale):
@@ -524,8 +530,8 @@ def say_table(rows, length, searched, held_out, fitness):
     for where in ("search", "unseen") if held_out else ("search",):
         other = min(rows[:-1], key=lambda row: row[where])
         gain = 1 - rows[-1][where] / other[where]
-        say(f"{where} documents: searched is {abs(gain):.1%} {'below' if gain > 0 else 'above'} {other['rope']}, the "
-            "best of the others")
+        what = "as good as" if gain == 0 else f"{abs(gain):.1%} {'below' if gain > 0 else 'above'}"
+        say(f"{where} documents: searched is {what} {other['rope']}, the best of the others")
     if not held_out:
         say("give more documents, or fewer --samples, to compare on some that the search did not see")
 
@@ -553,7 +559,7 @@ def plot(ropes, length, history, path):
     for line in lines:
         if line["origin"] in colors:
             right.axhline(line["ppl"], lw=1, ls="--", color=colors[line["origin"]],
-                          label=f"{line['origin']}, the same attention factor")
+                          label=line["origin"] + ", the same attention factor" * (line["origin"] in BASELINES))
     spread_of_good = max(np.median(ppl[np.isfinite(ppl)]) - best[-1], 0.01 * best[-1])
     right.set(xlabel="individuals evaluated", ylabel="perplexity on the search's documents", title="search",
               ylim=(best[-1] - 0.5 * spread_of_good, best[-1] + 5 * spread_of_good))
@@ -601,8 +607,9 @@ def parser():
                    help="perplexity of whole documents, or of the tokens of a pass key hidden in them (without --data "
                    "in the pass-key protocol's own sentences) (default: ppl)")
     p.add_argument("--start", type=Path, metavar="ROPE",
-                   help="a rope.json: first individuals are its factors and mutants of them too, say those found with "
-                   "another --fitness")
+                   help="a rope.json, say one found with another --fitness: beside PI, NTK and YaRN its factors, put "
+                   "within this search's bounds, and mutants of them are first individuals; its attention factor "
+                   "counts with --attention-factor search alone")
     p.add_argument("--init", type=Path, help="rope.json of a fine-tuned model: search a second stage on top of it")
     p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     p.add_argument("--screening", type=int, default=64, metavar="N",
@@ -656,7 +663,8 @@ def fill_in(args, model):
     args.attention_factor = args.attention_factor or ("search" if args.short and not args.export else "su")
     for key, value in (ON_CPU if model.unembedding.device.type == "cpu" else paper).items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-        least = {"population_size": 3, "num_parents": 2, "samples": 1}.get(key, 0)  # PI, NTK, YaRN; two to cross
+        least = {"population_size": 3 + bool(args.start),  # PI, NTK, YaRN
+                 "num_parents": 2, "samples": 1}.get(key, 0)  # two to cross
         if getattr(args, key) < least:
             raise UserError(f"--{key.replace('_', '-')} must be at least {least}")
     total = args.population_size + args.iterations * (args.num_mutations + args.num_crossovers)
@@ -667,6 +675,10 @@ def fill_in(args, model):
         raise UserError("--screening must be at least 1")
     if args.n_hat is not None and args.n_hat < 0:
         raise UserError("--n-hat must be 0 or more")
+    if args.start and not args.start.is_file():
+        raise UserError(f"--start {args.start}: no such file")
+    if args.start and args.start.resolve() == (args.out / "rope.json").resolve():
+        raise UserError(f"--start {args.start} is where the result goes: give another --out")
     if args.short and not args.init:
         raise UserError("--short searches the short set of an extended model: give its rope.json with --init")
 

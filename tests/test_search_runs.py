@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, ROOT, WINDOW, complaint, random_factors, read_lines, save_tiny
+from conftest import BOS, HEAD_DIM, ROOT, WINDOW, complaint, random_factors, read_lines, save_tiny
 from test_eval_ppl import torchrun
 from test_search import history_of, on_grid, whole, without_seconds
 
@@ -360,8 +360,28 @@ def test_a_search_from_good_factors_ends_no_worse_and_says_so(undisturbed, tiny,
     assert [row["rope"] for row in rows] == ["none", "pi", "ntk", "yarn", "start", "searched"]
     assert rows[-1]["search"] <= rows[-2]["search"] == pytest.approx(found["search"]["perplexity"])
     assert "start" in capsys.readouterr().out
+    written, again = (tmp_path / "rope.json").read_bytes(), ["--start", undisturbed / "rope.json", "--resume"]
+    search.main(command(tiny, books, tmp_path, "--iterations", 0, *again))
+    capsys.readouterr()
+    assert (tmp_path / "rope.json").read_bytes() == written
     said = complaint(search.main, capsys, *command(tiny, books, tmp_path, "--iterations", 0, "--resume"))
     assert "another start" in said
+
+
+def test_factors_to_start_from_are_put_into_the_space_and_the_user_told(tiny_model, tmp_path, capsys):
+    """What is compared, and may be kept as a short set, is what was evaluated."""
+    far = Rope.longrope(np.linspace(1, 16, PAIRS), 10000.0, WINDOW, 16.0, n_hat=8, attention_factor=1.5)
+    far.save(tmp_path / "rope.json")
+    args = search.parser().parse_args(["--len", "128", "--attention-factor", "none", "--n-hat", "0", "--start",
+                                       str(tmp_path / "rope.json")])
+    compared = search.start_of(args, tiny_model, None)[3]
+    assert max(compared["start"].rescale_factors) == 2.5 and compared["start"].n_hat == 0
+    assert compared["start"].attention_factor == 1.0
+    assert "--start: put into the space of this search (factors up to 2.5" in capsys.readouterr().out
+    args.short, args.len = True, WINDOW
+    compared = search.start_of(args, tiny_model, FINETUNED)[3]
+    assert compared["start"].at(WINDOW) == Rope.none(HEAD_DIM, 10000.0, WINDOW)  # the short set of that file
+    assert compared["start"].rescale_factors == FINETUNED.rescale_factors
 
 
 def test_the_short_set_of_factors_that_are_not_in_order_can_be_searched(tiny_model):

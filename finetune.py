@@ -257,7 +257,7 @@ def train(model, data, device, args, out, identity):
         line |= speed(args.batch_size * args.len, flops, time.perf_counter() - begun, device)
         log.write(json.dumps(line) + "\n")
         log.flush()
-        bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "lr")})
+        bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "len", "lr")})
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(out, model, optimizer, step + 1, identity)
     log.close()
@@ -337,7 +337,11 @@ def plot_loss(log, path):
     import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     fig, ax = plt.subplots(figsize=(7, 4))
-    ax.plot([line["step"] for line in lines], [line["loss"] for line in lines], lw=1)
+    for length in (lengths := sorted({line["len"] for line in lines})):
+        mine = [line for line in lines if line["len"] == length]
+        ax.plot([line["step"] for line in mine], [line["loss"] for line in mine], lw=1, label=f"{length} tokens")
+    if len(lengths) > 1:
+        ax.legend()
     ax.set(xlabel="step", ylabel="loss (nats per token)", title=str(path.parent))
     fig.tight_layout()
     fig.savefig(path, dpi=120)
@@ -423,6 +427,9 @@ def complete(args, model, device):
     if not args.rope and args.len > rope.scale * model.window:
         raise UserError(f"--len {args.len}: the model's own factors are for {round(rope.scale * model.window)} tokens; "
                         f"search some (search.py --len {args.len}) and give --rope, or --rope none to go without")
+    if args.mix and min(args.mix) <= model.window and rope.scale > 1 and not rope.short:
+        raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, but these "
+                        "factors have no short set to train it under: give a rope.json that search.py wrote")
     return rope
 
 

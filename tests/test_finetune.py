@@ -325,6 +325,18 @@ def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_windo
     assert Rope.load(tmp_path / "out" / "rope.json") == rope
 
 
+def test_a_killed_run_of_cut_segments_goes_on_as_it_was(tiny, inputs, tmp_path, capsys):
+    rope = Rope.load(inputs / "rope.json")
+    replace(rope, short=Rope.none(HEAD_DIM, 10000.0, WINDOW), short_max_length=WINDOW).save(tmp_path / "rope.json")
+    mixed = ["--device", "cpu", "--rope", str(tmp_path / "rope.json"), "--mix", str(WINDOW), "--resume"]
+    finetune.main([*command(tiny, inputs, tmp_path / "whole"), *mixed])
+    killed([*command(tiny, inputs, tmp_path / "killed"), *mixed], 6)
+    finetune.main([*command(tiny, inputs, tmp_path / "killed"), *mixed])
+    assert "resumed at step 4" in capsys.readouterr().out
+    whole, again = (read_lines(tmp_path / name / "log.jsonl") for name in ("whole", "killed"))
+    assert [(line["len"], line["loss"]) for line in whole] == [(line["len"], line["loss"]) for line in again]
+
+
 class CountAttention(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -431,6 +443,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path
     (["--len", "100000"], "no document fills one segment of 100000 tokens"),
     (["--mix", "64", "100"], f"--mix 100: --len {LENGTH} must be a multiple of it"),
     (["--mix", "1"], "--mix 1: "),
+    (["--rope", "yarn", "--mix", str(WINDOW)], f"--mix {WINDOW} is within the model's window of {WINDOW} tokens, but"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, inputs, tmp_path, capsys, changes, said):
     assert said in complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), *changes)

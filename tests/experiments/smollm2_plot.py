@@ -1,4 +1,4 @@
-"""The two pictures of the experiment with SmolLM2, from what smollm2.sh left.
+"""The two pictures of the experiment with SmolLM2, from the files that results/smollm2/COMMANDS.md names.
 
     $ python tests/experiments/smollm2_plot.py results/smollm2 assets
 
@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 
 LENGTHS = {"64k": (65536, "#0072B2"), "128k": (131072, "#D55E00")}
 CURVES = (  # label, directory of ppl-* and passkey-*, rope, colour, line
-    ("as trained", "64k", "none", "#999999", "-"),
+    ("as trained", "original", "none", "#999999", "-"),
     ("YaRN", "64k", "yarn", "#009E73", "--"),
     ("YaRN, su", "64k", "yarn-su.json", "#009E73", "-"),
     ("searched for 65536", "64k", "search-64k/rope.json", "#0072B2", "-"),

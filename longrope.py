@@ -517,7 +517,7 @@ class MLP(nn.Module):
         return self.down_proj(self.hidden(x))
 
 
-CHUNK = 32768    # tokens; times the width of an MLP this stays below 2^31 numbers, where kernels become slow
+IN_MLP = 2**29   # numbers in an MLP at a time: well below 2^31, where kernels become slow, 1 GiB in bfloat16
 AT_ONCE = 2**31  # numbers in the queries of all heads
 
 
@@ -528,6 +528,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
+        self.chunk = max(1, IN_MLP // config.intermediate_size // 4096) * 4096  # tokens
 
     def before(self, x, cos, sin):
         return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
@@ -539,7 +540,7 @@ class Block(nn.Module):
         return x, self.mlp.hidden(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, cache=None):
-        """(B, T, C) -> (B, T, C). What is done token by token is done CHUNK tokens at a time unless gradients are
+        """(B, T, C) -> (B, T, C). What is done token by token is done some tokens at a time unless gradients are
         needed: the MLP's activations, 3.5 C wide in a Llama-3-8B, never exist for the whole sequence."""
         before, after = (self.before, self.after) if x.shape[1] > 1 else (
             Block.before.__get__(self), Block.after.__get__(self))  # decoding stays uncompiled
@@ -547,7 +548,7 @@ class Block(nn.Module):
         queries = x.shape[0] * x.shape[1] * self.self_attn.q_proj.out_features
         if queries >= AT_ONCE and not (cache or training):
             return self.some_heads_at_a_time(x, cos, sin)
-        chunk = x.shape[1] if training else CHUNK
+        chunk = x.shape[1] if training else self.chunk
         q, k, v = joined(map(before, x.split(chunk, 1), cos.split(chunk), sin.split(chunk)))
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
         del q, k, v
@@ -561,7 +562,7 @@ class Block(nn.Module):
         """The same for a sequence so long that the queries of all heads would be 2^31 numbers and more, which kernels
         cannot count: a few key heads at a time, their part of o_proj's sum added to the result. Uncompiled: attention
         is all that counts there. Raises UserError if a single key head's queries are that many."""
-        y, attn = x.clone(), self.self_attn
+        y, attn, chunk = x.clone(), self.self_attn, self.chunk
         width = attn.q_proj.out_features // attn.kv_heads  # of the queries that share a key head
         step = (AT_ONCE - 1) // (x.shape[0] * x.shape[1] * width)
         if step < 1:
@@ -570,13 +571,13 @@ class Block(nn.Module):
         for first in range(0, attn.kv_heads, step):
             heads = slice(first, first + step)
             q, k, v = joined(attn.qkv(self.input_layernorm(part), *angles, heads)
-                             for part, *angles in zip(x.split(CHUNK, 1), cos.split(CHUNK), sin.split(CHUNK)))
+                             for part, *angles in zip(x.split(chunk, 1), cos.split(chunk), sin.split(chunk)))
             out = attention(q, k, v).flatten(2)
             del q, k, v
             columns = attn.o_proj.weight[:, first * width:(first + step) * width]
-            for part, part_out in zip(y.split(CHUNK, 1), out.split(CHUNK, 1)):
+            for part, part_out in zip(y.split(chunk, 1), out.split(chunk, 1)):
                 part += F.linear(part_out, columns)
-        for part in y.split(CHUNK, 1):
+        for part in y.split(chunk, 1):
             if attn.o_proj.bias is not None:
                 part += attn.o_proj.bias
             part += self.mlp(self.post_attention_layernorm(part))
@@ -1102,7 +1103,7 @@ def warm_up(model, length, begun):
     """Let libraries start and kernels compile, which no measurement should pay for, and say what it took since `begun`.
     On a GPU long sequences have kernels of their own, so the pass is over up to 65536 of `length` tokens."""
     on_cpu = model.unembedding.device.type == "cpu"
-    window_nll(model, torch.zeros(16 if on_cpu else min(length, 2 * CHUNK), dtype=torch.long))
+    window_nll(model, torch.zeros(16 if on_cpu else min(length, 65536), dtype=torch.long))
     say_start(model, time.perf_counter() - begun)
 
 

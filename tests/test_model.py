@@ -278,11 +278,22 @@ def test_a_forced_kernel_is_the_one_that_is_used_and_one_that_cannot_run_is_one_
         use_attention(None)
 
 
+def test_the_chunks_of_wide_and_narrow_models():
+    """Of whole thousands of tokens, and the MLP's activations at most 1 GiB in bfloat16."""
+    def chunk(intermediate_size):
+        config = SimpleNamespace(hidden_size=8, head_dim=4, num_attention_heads=2, num_key_value_heads=1, biased=(),
+                                 intermediate_size=intermediate_size, rms_norm_eps=1e-5)
+        with torch.device("meta"):
+            return longrope.Block(config).chunk
+    assert [chunk(width) for width in (1536, 14336, 28672, 200_000)] == [348160, 36864, 16384, 4096]
+
+
 def test_chunks_of_tokens_give_the_same_logits(bundled, monkeypatch):
     tokens = random_tokens(200)
     with torch.inference_mode():
         whole = bundled.model(tokens)
-        monkeypatch.setattr(longrope, "CHUNK", 64)  # three and a rest
+        for block in bundled.model.model.layers:
+            monkeypatch.setattr(block, "chunk", 64)  # three and a rest
         made = []
 
         def hidden(self, x, plain=longrope.MLP.hidden):
@@ -302,7 +313,8 @@ def test_some_heads_at_a_time_give_the_same_logits(tmp_path, monkeypatch, kv_hea
     model, tokens, used = load_model(tmp_path, device="cpu"), random_tokens(100), []
     monkeypatch.setattr(longrope, "attention", lambda q, k, v: [used.append(
         (q.shape[2], k.shape[2])), attention(q, k, v)][1])
-    monkeypatch.setattr(longrope, "CHUNK", 64)
+    for block in model.model.layers:
+        block.chunk = 64
     whole = model(tokens)
     monkeypatch.setattr(longrope, "AT_ONCE", at_once)
     assert_close(model(tokens), whole, atol=1e-4, rtol=1e-4)

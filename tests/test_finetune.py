@@ -325,6 +325,19 @@ def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_windo
     assert Rope.load(tmp_path / "out" / "rope.json") == rope
 
 
+def test_pieces_of_all_lengths_share_two_graphs_a_part(tiny, tiny_rope):
+    """One for a single piece, one for any number of them; of each the part before attention and the one after."""
+    graphs = []
+    torch._dynamo.reset()
+    model = load_model(tiny, tiny_rope, device="cpu").requires_grad_(True)
+    finetune.recompute(model)
+    compile_blocks(model, backend=lambda graph, inputs: [graphs.append(graph), graph][1])
+    for rows, length in ((1, 128), (2, 64), (4, 32), (8, 16), (1, 128), (2, 64)):
+        finetune.loss_of(model, random_tokens(rows * length).view(rows, length), torch.float32).backward()
+    assert len(graphs) == 4
+    torch._dynamo.reset()
+
+
 def test_a_killed_run_of_cut_segments_goes_on_as_it_was(tiny, inputs, tmp_path, capsys):
     rope = Rope.load(inputs / "rope.json")
     replace(rope, short=Rope.none(HEAD_DIM, 10000.0, WINDOW), short_max_length=WINDOW).save(tmp_path / "rope.json")

@@ -243,7 +243,7 @@ def train(model, data, device, args, out, identity):
         total = torch.zeros((), device=device)
         mine = batch_of(data, step, args.batch_size, args.seed)[group::groups]
         for tokens in mine.split(args.micro_batch_size):
-            tokens = tokens.to(device).view(-1, length)  # what lies within the window is trained under the short set
+            tokens = tokens.to(device).reshape(-1, length)  # within the window they are trained under the short set
             loss = loss_of(model, tokens, compute_dtype, context) / predicted
             (loss * world_size()).backward()  # FSDP takes the mean over processes; gradients add up over micro-batches
             total += loss.detach()

@@ -376,8 +376,8 @@ def start_of(args, model, init):
         compared[name] = make_rope(starts[0])
         used = compared[name].at(args.len)
         if not np.allclose(used.rescale_factors, given.rescale_factors, atol=0.01) or used.n_hat != given.n_hat:
-            say(f"--start: put into the space of this search (factors up to {space.largest:g} of --init's, rising; "
-                f"n_hat {used.n_hat})")
+            say(f"--start: put into the space of this search, factors rising from 1 to {space.largest:g}"
+                f"{' times those of --init' if init and not args.short else ''}, n_hat {used.n_hat}")
     return starts, space, make_rope, compared
 
 

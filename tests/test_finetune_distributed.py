@@ -115,7 +115,7 @@ def test_four_processes_two_to_a_sequence_train_as_one(tiny, inputs, tmp_path, a
 
 
 @pytest.mark.parametrize("count, more", [
-    (2, ()), (4, ("--context-parallel", 2)),
+    (2, ("--micro-batch-size", 2)), (4, ("--context-parallel", 2)),
     (2, ("--context-parallel", 2, "--micro-batch-size", 2, "--checkpointing"))])
 def test_several_processes_cut_segments_alike(tiny, inputs, tmp_path, mixed, count, more):
     spawn(count, train, command(tiny, inputs, tmp_path, "--mix", LENGTH // 2, LENGTH // 4, *more))

@@ -377,7 +377,7 @@ def test_factors_to_start_from_are_put_into_the_space_and_the_user_told(tiny_mod
     compared = search.start_of(args, tiny_model, None)[3]
     assert max(compared["start"].rescale_factors) == 2.5 and compared["start"].n_hat == 0
     assert compared["start"].attention_factor == 1.0
-    assert "--start: put into the space of this search (factors up to 2.5" in capsys.readouterr().out
+    assert "this search, factors rising from 1 to 2.5, n_hat 0\n" in capsys.readouterr().out
     args.short, args.len = True, WINDOW
     compared = search.start_of(args, tiny_model, FINETUNED)[3]
     assert compared["start"].at(WINDOW) == Rope.none(HEAD_DIM, 10000.0, WINDOW)  # the short set of that file

@@ -517,7 +517,7 @@ class MLP(nn.Module):
         return self.down_proj(self.hidden(x))
 
 
-IN_MLP = 2**29   # numbers in an MLP at a time: well below 2^31, where kernels become slow, 1 GiB in bfloat16
+IN_MLP = 2**29   # numbers in an MLP at a time: 1 GiB in bfloat16, and well below 2^31, where kernels become slow
 AT_ONCE = 2**31  # numbers in the queries of all heads
 
 
@@ -540,23 +540,27 @@ class Block(nn.Module):
         return x, self.mlp.hidden(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, cache=None):
-        """(B, T, C) -> (B, T, C). What is done token by token is done some tokens at a time unless gradients are
-        needed: the MLP's activations, 3.5 C wide in a Llama-3-8B, never exist for the whole sequence."""
+        """(B, T, C) -> (B, T, C). What follows attention is done some tokens at a time unless gradients are needed: the
+        MLP's activations, 3.5 C wide in a Llama-3-8B, never exist for the whole sequence."""
         before, after = (self.before, self.after) if x.shape[1] > 1 else (
             Block.before.__get__(self), Block.after.__get__(self))  # decoding stays uncompiled
         training = torch.is_grad_enabled() and (x.requires_grad or self.input_layernorm.weight.requires_grad)
         queries = x.shape[0] * x.shape[1] * self.self_attn.q_proj.out_features
         if queries >= AT_ONCE and not (cache or training):
             return self.some_heads_at_a_time(x, cos, sin)
-        chunk = x.shape[1] if training else self.chunk
-        q, k, v = joined(map(before, x.split(chunk, 1), cos.split(chunk), sin.split(chunk)))
+        q, k, v = before(x, cos, sin)
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
         del q, k, v
 
-        def finish(x, out):  # a function, so that one chunk's `hidden` is freed before the next is made
+        def finish(x, out, into=None):  # a function, so that one chunk's `hidden` is freed before the next is made
             x, hidden = after(x, out)
-            return (x + self.mlp.down_proj(hidden),)
-        return joined(map(finish, x.split(chunk, 1), out.split(chunk, 1)))[0]
+            return torch.add(x, self.mlp.down_proj(hidden), out=into)
+        if training or x.shape[1] <= self.chunk:
+            return finish(x, out)
+        y = torch.empty_like(x)
+        for parts in zip(*(t.split(self.chunk, 1) for t in (x, out, y))):
+            finish(*parts)
+        return y
 
     def some_heads_at_a_time(self, x, cos, sin):
         """The same for a sequence so long that the queries of all heads would be 2^31 numbers and more, which kernels

@@ -348,6 +348,7 @@ def open_history(path, setup, resume):
     if rank() > 0:
         return known, None
     if path.exists() and not resume:
+        say(f"starting afresh, {path} is now {path.stem}.old.jsonl; --resume would have gone on with it")
         path.replace(path.with_suffix(".old.jsonl"))  # days of work, perhaps
     part = path.with_name(path.name + ".part")  # the old one stays until what goes on from it is whole
     file = open(part, "w")
@@ -429,7 +430,9 @@ def recovery(args, model, init, start):
     known = {"none": trained, "long": init}
     starts, space = into_space(args, start | known | formulas(model, model.window, scale), init.n_hat, scale,
                                attention, attention_range)
-    return starts, space, make_rope, {"none": with_short(trained), "long": replace(init, short=None)}
+    # in what is exported transformers gives the long set's attention factor to plain RoPE, too
+    plain = replace(trained, attention_factor=init.attention_factor) if args.export else trained
+    return starts, space, make_rope, {"none": with_short(plain), "long": replace(init, short=None)}
 
 
 def formulas(model, window, scale):
@@ -718,7 +721,9 @@ def main(argv=None):
     rows = compare(model, ropes, searched, held_out)
     kept, extra = "searched", {"comparison": {"unseen": [w.document for w in held_out], "rows": rows}}
     if args.short:  # the set found may well be worse than plain RoPE or the long set, which its range does not reach
-        kept = extra["kept"] = min(reversed(rows), key=lambda row: row["search"])["rope"]  # a tie is the search's
+        row = min(reversed(rows), key=lambda row: row["search"])  # a tie is the search's
+        kept = row["rope"]
+        extra |= {"kept": kept, "perplexity": row["search"]}
     evaluate.save(ropes[kept], **extra)
     say_table(rows, args.len, searched, held_out, args.fitness)
     if kept != "searched":

@@ -90,7 +90,7 @@ def test_resume_without_a_history_and_a_fresh_start_over_an_old_one(undisturbed,
     search.main(command(tiny, books, tmp_path, "--seed", 5, "--resume"))
     assert not same(tmp_path, undisturbed)
     search.main(command(tiny, books, tmp_path))
-    capsys.readouterr()
+    assert f"starting afresh, {tmp_path / 'history.jsonl'} is now history.old.jsonl" in capsys.readouterr().out
     assert same(tmp_path, undisturbed)
 
 
@@ -286,8 +286,18 @@ def test_a_short_set_no_better_than_plain_rope_or_the_long_set_is_not_kept(init,
         row | {"search": 1.0} if row["rope"] == better else row for row in compare(*given)])
     written, _ = searched_on(init, tiny, books, "--short", "--len", WINDOW)
     assert tuple(written["short_factor"]) == factors and written["search"]["kept"] == better
+    rows = {row["rope"]: row["search"] for row in written["search"]["comparison"]["rows"]}
+    assert written["search"]["perplexity"] == rows[better]
     assert written["long_factor"] == list(FINETUNED.rescale_factors)
     assert "so rope.json has " + {"none": "plain RoPE", "long": "the long set"}[better] in capsys.readouterr().out
+
+
+def test_plain_rope_is_compared_as_an_exported_directory_has_it(tiny_model):
+    """transformers gives the long set's attention factor to the short one, too."""
+    for export, attention_factor in (([], 1.0), (["--export", "out"], FINETUNED.attention_factor)):
+        args = search.parser().parse_args(["--len", "64", "--short", "--attention-factor", "su", *export])
+        plain = search.start_of(args, tiny_model, FINETUNED)[3]["none"].at(64)
+        assert set(plain.rescale_factors) == {1.0} and plain.attention_factor == attention_factor
 
 
 def test_no_short_individual_touches_the_long_set(tiny_model):

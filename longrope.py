@@ -811,6 +811,7 @@ def save_model(model, path, dtype=torch.bfloat16, state=None):
              for name, parts in stored_names(model).items()}
     with whole_file(Path(path) / "model.safetensors") as part:
         save_file(state, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # it makes them readable by their owner alone
     for old in Path(path).glob("model*.safetensors*"):  # shards of a model that was here
         if old.name != "model.safetensors":
             old.unlink()
@@ -828,9 +829,10 @@ def save_config(model, path, dtype=None):
     if rope != model.config.rope:  # or else config.json says it already
         parameters, window = {k: d[k] for k in HF_KEYS}, rope.original_max_position_embeddings
         said = Rope.from_dict(parameters).to_dict()
-        if (lost := [f"{k} {v:.4g} (there {said[k]:.4g})" for k, v in d.items() if v != said[k]]) and rank() == 0:
-            print(f"{path}: rope.json has what config.json cannot say: {', '.join(lost)}; transformers takes those "
-                  "there", file=sys.stderr)
+        lost = [f"{k} {v:.4g} (transformers will take {said[k]:.4g})" for k, v in d.items() if v != said[k]]
+        if lost and rank() == 0:
+            print(f"{path}: config.json has no place for {', '.join(lost)}; rope.json beside it, which this program "
+                  "reads, has", file=sys.stderr)
         parameters |= {"short_mscale": d["short_attention_factor"], "long_mscale": rope.attention_factor}  # for vLLM
         config = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_theta")} | {
             "rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta} if plain else parameters,

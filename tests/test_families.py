@@ -264,7 +264,7 @@ def test_an_export_links_the_weights_and_says_what_the_config_cannot(tmp_path, p
     (out / "model-00009-of-00009.safetensors").write_bytes(b"of a model that was here")
     run_search(phi3, books, tmp_path / "search", "--n-hat", 0, "--export", out)
     said = capsys.readouterr().err
-    assert "rope.json has what config.json cannot say: short_attention_factor 1 (there 1.15" in said
+    assert "config.json has no place for short_attention_factor 1 (transformers will take 1.15" in said
     assert "n_hat" not in said and "short_max_length" not in said
     shards = sorted(f.name for f in phi3.glob("*.safetensors*"))
     assert len(shards) > 3 and sorted(f.name for f in out.glob("*.safetensors*")) == shards
@@ -307,16 +307,18 @@ def test_every_loss_of_the_config_is_named(tmp_path, capsys):
     save_family(tmp_path / "in", "llama")
     plain = Rope.none(HEAD_DIM, THETA, WINDOW)
     factors = (2.0,) * (HEAD_DIM // 2)
-    for rope, said in ((Rope(factors, THETA, WINDOW, 2.0, 8), "long_n_hat 8 (there 0), short_n_hat 8 (there 0)"),
+    for rope, said in ((Rope(factors, THETA, WINDOW, 2.0, 8),
+                        "long_n_hat 8 (transformers will take 0), short_n_hat 8 (transformers will take 0)"),
                        (Rope(factors, THETA, WINDOW, 2.0, 0, 1.5, plain, WINDOW),
-                        "short_attention_factor 1 (there 1.5)"),
-                       (Rope(factors, THETA, WINDOW, 2.0, 0, 1.0, plain, 100), "short_max_length 100 (there 64)"),
+                        "short_attention_factor 1 (transformers will take 1.5)"),
+                       (Rope(factors, THETA, WINDOW, 2.0, 0, 1.0, plain, 100),
+                        "short_max_length 100 (transformers will take 64)"),
                        (Rope(factors, THETA, WINDOW, 2.0, 0, 1.0, plain, WINDOW), None)):
         model = load_model(tmp_path / "in", rope, device="cpu")
         capsys.readouterr()
         save_model(model, tmp_path / "out")
-        assert capsys.readouterr().err == (f"{tmp_path / 'out'}: rope.json has what config.json cannot say: {said}; "
-                                           "transformers takes those there\n" if said else "")
+        assert capsys.readouterr().err == (f"{tmp_path / 'out'}: config.json has no place for {said}; rope.json beside "
+                                           "it, which this program reads, has\n" if said else "")
 
 
 def test_all_files_of_a_tokenizer_are_copied(tmp_path, tiny):

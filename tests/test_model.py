@@ -392,6 +392,7 @@ def test_save_and_load_give_back_the_weights_and_the_rope(tiny, tmp_path):
         assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
         assert torch.equal(again(tokens), model(tokens))
         assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+        assert all(file.stat().st_mode & 0o044 for file in (tmp_path / "out").iterdir())  # others may read them
 
 
 def test_weights_are_saved_in_bfloat16_unless_said_otherwise(tiny_model, tmp_path):

@@ -22,7 +22,17 @@ STAGES = (  # label, directory, rope, colour, line
 
 
 def rows(path, rope):
+    """Those of a ppl.json or passkey.json whose rope's name ends so."""
     return [r for r in json.loads(path.read_text())["rows"] if r["rope"].endswith(rope)]
+
+
+def keys_found(path, rope):
+    """Two dictionaries from a passkey.json: hits and trials at each length, over all depths."""
+    hits, trials = {}, {}
+    for r in rows(path, rope):
+        hits[r["length"]] = hits.get(r["length"], 0) + r["hits"]
+        trials[r["length"]] = trials.get(r["length"], 0) + r["trials"]
+    return hits, trials
 
 
 def main(results, picture):
@@ -35,10 +45,7 @@ def main(results, picture):
                        "64x": ("short-books", "model")}[where]
         ppl[1024] = rows(results / file / "ppl.json", plain)[0]["ppl"]
         left.plot(list(ppl), list(ppl.values()), **style)
-        hits, trials = {}, {}
-        for r in rows(results / f"passkey-{where}" / "passkey.json", rope):
-            hits[r["length"]] = hits.get(r["length"], 0) + r["hits"]
-            trials[r["length"]] = trials.get(r["length"], 0) + r["trials"]
+        hits, trials = keys_found(results / f"passkey-{where}" / "passkey.json", rope)
         right.plot(list(hits), [hits[n] / trials[n] for n in hits], **style)
         cells = [f"{ppl[n]:.1f}{f' ({hits[n]} of {trials[n]})' if n in hits else ''}" for n in sorted(ppl)]
         print("| " + " | ".join([label, *cells]) + " |")

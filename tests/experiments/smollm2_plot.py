@@ -9,11 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import numpy as np
+from progressive_plot import keys_found, plt, rows
 
 LENGTHS = {"64k": (65536, "#0072B2"), "128k": (131072, "#D55E00")}
 CURVES = (  # label, directory of ppl-* and passkey-*, rope, colour, line
@@ -44,20 +41,13 @@ def progress(results, picture):
     fig.savefig(picture, dpi=110)
 
 
-def rows(path, rope):
-    return [row for row in json.loads(path.read_text())["rows"] if row["rope"].endswith(rope)]
-
-
 def over_length(results, picture):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for label, where, rope, color, line in CURVES:
         style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
         ppl = {row["length"]: row["ppl"] for row in rows(results / f"ppl-{where}" / "ppl.json", rope)}
         left.plot(sorted(ppl), [ppl[n] for n in sorted(ppl)], **style)
-        hits, trials = {}, {}
-        for row in rows(results / f"passkey-{where}" / "passkey.json", rope):
-            hits[row["length"]] = hits.get(row["length"], 0) + row["hits"]
-            trials[row["length"]] = trials.get(row["length"], 0) + row["trials"]
+        hits, trials = keys_found(results / f"passkey-{where}" / "passkey.json", rope)
         right.plot(sorted(hits), [hits[n] / trials[n] for n in sorted(hits)], **style)
     left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity", ylim=(20, 45))
     right.set(xscale="log", xlabel="prompt (tokens)", ylabel="pass keys found", ylim=(-0.05, 1.05))

@@ -359,9 +359,10 @@ def parser():
                    "the bundled model out/search-LEN/rope.json or else, at 8 times its window, assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=int, nargs="+", default=[], metavar="LEN",
-                   help="each step's segments are left whole or cut into pieces of one of these lengths, by chance. "
-                   "Pieces within the original window are trained under the short set, so that the window is not "
-                   "forgotten (LongRoPE2's mixed context window training) (default: all are left whole)")
+                   help="each step's segments are left whole or cut into pieces of one of these lengths, by chance, "
+                   "those given twice twice as often. Pieces within the original window are trained under the short "
+                   "set, so that the window is not forgotten (LongRoPE2's mixed context window training) (default: all "
+                   "are left whole)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
                    help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
                    "batch 64, 400 steps, segments of 16384 tokens under the long factors; other flags override them")
@@ -452,7 +453,8 @@ def main(argv=None):
     model.rope = replace(rope, short=None, short_max_length=0) if args.recipe == "mistral" else rope
     factors = model.rope.at(args.len).rescale_factors
     tokenizer = load_tokenizer(args.model)
-    cut = f", whole or cut to {' or '.join(map(str, args.mix))}," if args.mix else ""
+    shorter = dict.fromkeys(str(n) for n in args.mix if n < args.len)
+    cut = f", whole or cut to {' or '.join(shorter)}," if shorter else ""
     say(f"fine-tuning {args.model} on segments of {args.len} tokens{cut} of "
         f"{' '.join(args.data) or 'the standard library'}"
         f"\nrope {args.rope or 'of the model'}, factors {min(factors):.2f} to {max(factors):.2f}; {args.steps} steps "

@@ -3,7 +3,7 @@
     $ python search.py                                        # the bundled model, 8 times its window
     $ python search.py --model DIR --data books/ --len 131072
     $ torchrun --nproc-per-node 8 search.py --model DIR --data books/ --len 262144      # the same result, sooner
-    $ python search.py --fitness needle --start out/search-8192/rope.json --out out/needle  # from factors found before
+    $ python search.py --fitness needle --start-from out/search-8192/rope.json --out out/needle   # from factors found
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --len 2097152       # second stage, no more training
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --short --len 8192  # short-window recovery
 
@@ -370,14 +370,14 @@ def perplexity_of(nlls, found):
 
 def start_of(args, model, init):
     """(starts, space, make_rope, ropes to compare with) of the search that the arguments ask for. init: the rope of
-    --init, or None. That of --start is compared as it is after being put into the space, as an individual."""
+    --init, or None. That of --start-from is compared as it is after being put into the space, as an individual."""
     start = {"start": resolve_rope(args.start, model, args.len).at(args.len)} if args.start else {}
     starts, space, make_rope, compared = (recovery if args.short else extension)(args, model, init, start)
     for name, given in start.items():
         compared[name] = make_rope(starts[0])
         used = compared[name].at(args.len)
         if not np.allclose(used.rescale_factors, given.rescale_factors, atol=0.01) or used.n_hat != given.n_hat:
-            say(f"--start: put into the space of this search, factors rising from 1 to {space.largest:g}"
+            say(f"--start-from: put into the space of this search, factors rising from 1 to {space.largest:g}"
                 f"{' times those of --init' if init and not args.short else ''}, n_hat {used.n_hat}")
     return starts, space, make_rope, compared
 
@@ -443,8 +443,8 @@ def formulas(model, window, scale):
 
 def into_space(args, ropes, n_hat, scale, attention, attention_range):
     """(individuals, space): the ropes as first individuals, put into the space whatever they were. Where the attention
-    factor is searched, those that the model knows and that of --start, which has its own n_hat too, begin with their
-    own."""
+    factor is searched, those that the model knows and that of --start-from, which has its own n_hat too, begin with
+    their own."""
     largest, n_hats = round(1.25 * scale, 2), N_HAT if args.n_hat is None else (args.n_hat,)
     starts, (low, high) = [], attention_range
     for name, rope in ropes.items():
@@ -609,7 +609,7 @@ def parser():
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the tokens of a pass key hidden in them (without --data "
                    "in the pass-key protocol's own sentences) (default: ppl)")
-    p.add_argument("--start", type=Path, metavar="ROPE",
+    p.add_argument("--start-from", dest="start", type=Path, metavar="ROPE",
                    help="a rope.json, say one found with another --fitness: beside PI, NTK and YaRN its factors, put "
                    "within this search's bounds, and mutants of them are first individuals; its attention factor "
                    "counts with --attention-factor search alone")
@@ -679,9 +679,9 @@ def fill_in(args, model):
     if args.n_hat is not None and args.n_hat < 0:
         raise UserError("--n-hat must be 0 or more")
     if args.start and not args.start.is_file():
-        raise UserError(f"--start {args.start}: no such file")
+        raise UserError(f"--start-from {args.start}: no such file")
     if args.start and args.start.resolve() == (args.out / "rope.json").resolve():
-        raise UserError(f"--start {args.start} is where the result goes: give another --out")
+        raise UserError(f"--start-from {args.start} is where the result goes: give another --out")
     if args.short and not args.init:
         raise UserError("--short searches the short set of an extended model: give its rope.json with --init")
 

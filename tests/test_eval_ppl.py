@@ -3,12 +3,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WINDOW, complaint
 from tokenizers import Tokenizer
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_ppl
@@ -214,6 +216,15 @@ def torchrun(script, *arguments):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.mark.parametrize("script", ["search", "finetune", "eval_ppl", "eval_passkey"])
+def test_torchrun_leaves_our_options_to_us(script):
+    """It takes an option for one of its own, abbreviated, if that begins with it: --start for --start-method."""
+    for action in import_module(script).parser()._actions:
+        for option in action.option_strings:
+            given = ["--nproc-per-node", "2", f"{script}.py", option]
+            assert get_args_parser().parse_args(given).training_script_args == [option]
 
 
 def test_shared_out_work_comes_back_whole_and_in_order(monkeypatch):

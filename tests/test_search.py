@@ -695,8 +695,8 @@ def test_two_generations_of_the_cpus_default_have_crossover():
     (["--n-hat", "-1"], "--n-hat must be 0 or more"),
     (["--short"], "--init"),
     (["--init", "nowhere/rope.json"], "nowhere/rope.json"),
-    (["--start", "nowhere/rope.json"], "--start nowhere/rope.json: no such file"),
-    (["--start", __file__, "--population-size", "3"], "--population-size must be at least 4"),
+    (["--start-from", "nowhere/rope.json"], "--start-from nowhere/rope.json: no such file"),
+    (["--start-from", __file__, "--population-size", "3"], "--population-size must be at least 4"),
     (["--attention-factor", "foo"], "--attention-factor foo: give su, yarn, none, search or a number above 0"),
     (["--attention-factor", "nan"], "--attention-factor nan"),
     (["--attention-factor", "0"], "--attention-factor 0"),
@@ -709,7 +709,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, books, tmp_path, caps
 
 def test_the_factors_to_start_from_are_not_overwritten(searched, tiny, books, capsys):
     before = (searched[1] / "rope.json").read_bytes()
-    said = complaint(search.main, capsys, *command(tiny, books, searched[1]), "--start", searched[1] / "rope.json")
+    said = complaint(search.main, capsys, *command(tiny, books, searched[1]), "--start-from", searched[1] / "rope.json")
     assert "is where the result goes: give another --out" in said
     assert (searched[1] / "rope.json").read_bytes() == before
 

@@ -339,38 +339,39 @@ def test_a_search_can_start_from_factors_found_before(tiny_model, tmp_path):
     """They become an individual, put into the space; its mutants are in the first population."""
     rope = Rope.longrope(random_factors(3, 4), 10000.0, WINDOW, 4.0, n_hat=28)
     rope.save(tmp_path / "rope.json")
-    starts, _ = start_of(tiny_model, 256, 1, "--start", str(tmp_path / "rope.json"))
+    starts, _ = start_of(tiny_model, 256, 1, "--start-from", str(tmp_path / "rope.json"))
     assert [s.origin for s in starts] == ["start", "pi", "ntk", "yarn"]
     assert starts[0].factors == tuple(np.round(rope.rescale_factors, 2)) and starts[0].n_hat == 28
     assert {s.n_hat for s in starts[1:]} == {0}
-    starts, _ = start_of(tiny_model, 256, 1, "--start", str(tmp_path / "rope.json"), "--n-hat", "4")
+    starts, _ = start_of(tiny_model, 256, 1, "--start-from", str(tmp_path / "rope.json"), "--n-hat", "4")
     assert {s.n_hat for s in starts} == {4}
     replace(rope, n_hat=100, attention_factor=1.05).save(tmp_path / "rope.json")
-    starts, space = start_of(tiny_model, 128, 1, "--start", str(tmp_path / "rope.json"), "--attention-factor", "search")
+    starts, space = start_of(tiny_model, 128, 1, "--start-from", str(tmp_path / "rope.json"), "--attention-factor",
+                             "search")
     assert starts[0].n_hat == 128 and starts[0].attention_factor == 1.05 and max(starts[0].factors) == space.largest
 
 
 def test_in_a_second_stage_the_factors_to_start_from_are_relative_to_those_of_init(tiny_model, tmp_path):
     rope = Rope.longrope(np.array(random_factors(2, 4.0)) * 2, 10000.0, WINDOW, 8.0)
     rope.save(tmp_path / "rope.json")
-    starts, _ = start_of(tiny_model, 512, 4.0, "--start", str(tmp_path / "rope.json"))
+    starts, _ = start_of(tiny_model, 512, 4.0, "--start-from", str(tmp_path / "rope.json"))
     assert starts[0].origin == "start" and set(starts[0].factors) == {2.0}
 
 
 def test_a_short_search_starts_from_the_short_set(tiny_model, tmp_path):
     replace(FINETUNED, short_max_length=WINDOW).save(tmp_path / "rope.json")
-    starts, _ = start_of(tiny_model, WINDOW, 4.0, "--short", "--start", str(tmp_path / "rope.json"))
+    starts, _ = start_of(tiny_model, WINDOW, 4.0, "--short", "--start-from", str(tmp_path / "rope.json"))
     assert starts[0].origin == "start" and starts[0].factors == tuple(np.round(SHORT.rescale_factors, 2))
 
 
 def test_a_search_from_good_factors_ends_no_worse_and_says_so(undisturbed, tiny, books, tmp_path, capsys):
     found = json.loads((undisturbed / "rope.json").read_text())
-    search.main(command(tiny, books, tmp_path, "--start", undisturbed / "rope.json", "--iterations", 0))
+    search.main(command(tiny, books, tmp_path, "--start-from", undisturbed / "rope.json", "--iterations", 0))
     rows = json.loads((tmp_path / "rope.json").read_text())["search"]["comparison"]["rows"]
     assert [row["rope"] for row in rows] == ["none", "pi", "ntk", "yarn", "start", "searched"]
     assert rows[-1]["search"] <= rows[-2]["search"] == pytest.approx(found["search"]["perplexity"])
     assert "start" in capsys.readouterr().out
-    written, again = (tmp_path / "rope.json").read_bytes(), ["--start", undisturbed / "rope.json", "--resume"]
+    written, again = (tmp_path / "rope.json").read_bytes(), ["--start-from", undisturbed / "rope.json", "--resume"]
     search.main(command(tiny, books, tmp_path, "--iterations", 0, *again))
     capsys.readouterr()
     assert (tmp_path / "rope.json").read_bytes() == written
@@ -382,7 +383,7 @@ def test_factors_to_start_from_are_put_into_the_space_and_the_user_told(tiny_mod
     """What is compared, and may be kept as a short set, is what was evaluated."""
     far = Rope.longrope(np.linspace(1, 16, PAIRS), 10000.0, WINDOW, 16.0, n_hat=8, attention_factor=1.5)
     far.save(tmp_path / "rope.json")
-    args = search.parser().parse_args(["--len", "128", "--attention-factor", "none", "--n-hat", "0", "--start",
+    args = search.parser().parse_args(["--len", "128", "--attention-factor", "none", "--n-hat", "0", "--start-from",
                                        str(tmp_path / "rope.json")])
     compared = search.start_of(args, tiny_model, None)[3]
     assert max(compared["start"].rescale_factors) == 2.5 and compared["start"].n_hat == 0

@@ -13,13 +13,15 @@ import numpy as np
 from progressive_plot import keys_found, plt, rows
 
 LENGTHS = {"64k": (65536, "#0072B2"), "128k": (131072, "#D55E00")}
-CURVES = (  # label, directory of ppl-* and passkey-*, rope, colour, line
-    ("as trained", "original", "none", "#999999", "-"),
-    ("YaRN", "64k", "yarn", "#009E73", "--"),
-    ("YaRN, su", "64k", "yarn-su.json", "#009E73", "-"),
-    ("searched for 65536", "64k", "search-64k/rope.json", "#0072B2", "-"),
-    ("fine-tuned at 131072", "128k", "recovered/rope.json", "#D55E00", "-"),
-    ("control", "control", "none", "#000000", ":"),
+TUNED = "lr-5e-5"  # below results
+CURVES = (  # label, [(directories, {} being ppl or passkey; rope), ...] of which a later one goes before, style
+    ("as trained", [("{}-original", "none")], "#999999", "-"),
+    ("YaRN", [("{}-64k", "yarn")], "#009E73", "--"),
+    ("YaRN, su", [("{}-64k", "yarn-su.json")], "#009E73", "-"),
+    ("searched for 65536", [("{}-64k", "search-64k/rope.json")], "#0072B2", "-"),
+    ("fine-tuned at 131072", [(TUNED + "/{}", "recovered/rope.json"), (TUNED + "/{}-16k", "recovered-16k/rope.json")],
+     "#D55E00", "-"),
+    ("control", [(TUNED + "/{}-control", "none")], "#000000", ":"),
 )
 
 
@@ -43,12 +45,15 @@ def progress(results, picture):
 
 def over_length(results, picture):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for label, where, rope, color, line in CURVES:
+    for label, found, color, line in CURVES:
+        ppl, accuracy = {}, {}
+        for where, rope in found:
+            ppl |= {row["length"]: row["ppl"] for row in rows(results / where.format("ppl") / "ppl.json", rope)}
+            hits, trials = keys_found(results / where.format("passkey") / "passkey.json", rope)
+            accuracy |= {length: hits[length] / trials[length] for length in hits}
         style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
-        ppl = {row["length"]: row["ppl"] for row in rows(results / f"ppl-{where}" / "ppl.json", rope)}
-        left.plot(sorted(ppl), [ppl[n] for n in sorted(ppl)], **style)
-        hits, trials = keys_found(results / f"passkey-{where}" / "passkey.json", rope)
-        right.plot(sorted(hits), [hits[n] / trials[n] for n in sorted(hits)], **style)
+        left.plot(*zip(*sorted(ppl.items())), **style)
+        right.plot(*zip(*sorted(accuracy.items())), **style)
     left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity", ylim=(20, 45))
     right.set(xscale="log", xlabel="prompt (tokens)", ylabel="pass keys found", ylim=(-0.05, 1.05))
     for ax in (left, right):

@@ -234,8 +234,8 @@ class Rope:
 # Attention
 
 # Exact kernels, the fastest first: measured on Hopper (H100, H200), where flash-attn-4 comes before cuDNN. cuDNN's is
-# taken on Hopper and Blackwell alone, as by PyTorch itself; on Ampere and Ada come flash-attn (2) and PyTorch's flash
-# attention, which is the same. Four are PyTorch's own, the two others packages that are used if they are installed.
+# taken on Hopper and data-centre Blackwell alone, as by PyTorch itself; on Ampere and Ada come flash-attn (2) and
+# PyTorch's flash attention, which is the same. Four are PyTorch's own, the others packages, used if installed.
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 KERNELS = ("flash-attn-4", "cudnn", "flash-attn-2", *list(SDPA)[1:])
@@ -271,8 +271,8 @@ def attention_kernel(device, dtype, head_dim, grouped, chunk=False):
     """The name of the first of KERNELS that runs there, or of the forced one; for the record too, since kernels differ
     in their last bits. device: its type. grouped: are there more query heads than key heads? chunk: is it for fewer
     queries than keys? Raises UserError if none does."""
-    half = device == "cuda" and dtype != torch.float32
-    capability = torch.cuda.get_device_capability() if half else (0, 0)
+    half = dtype in (torch.bfloat16, torch.float16)
+    capability = torch.cuda.get_device_capability() if device == "cuda" and half else (0, 0)
     for kernel in [forced_kernel] if forced_kernel else KERNELS:
         match kernel:
             case "flash-attn-4":
@@ -544,9 +544,12 @@ class Block(nn.Module):
         MLP's activations, 3.5 C wide in a Llama-3-8B, never exist for the whole sequence."""
         before, after = (self.before, self.after) if x.shape[1] > 1 else (
             Block.before.__get__(self), Block.after.__get__(self))  # decoding stays uncompiled
-        training = torch.is_grad_enabled() and (x.requires_grad or self.input_layernorm.weight.requires_grad)
-        queries = x.shape[0] * x.shape[1] * self.self_attn.q_proj.out_features
-        if queries >= AT_ONCE and not (cache or training):
+        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if x.shape[0] * x.shape[1] * self.self_attn.q_proj.out_features >= AT_ONCE:
+            if cache or training:
+                what = "generate" if cache else "train"
+                raise UserError(f"{x.shape[0]} x {x.shape[1]} tokens are too many to {what} with at once: the queries "
+                                f"of all heads make {AT_ONCE} numbers and more, which attention kernels cannot count")
             return self.some_heads_at_a_time(x, cos, sin)
         q, k, v = before(x, cos, sin)
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
@@ -555,10 +558,11 @@ class Block(nn.Module):
         def finish(x, out, into=None):  # a function, so that one chunk's `hidden` is freed before the next is made
             x, hidden = after(x, out)
             return torch.add(x, self.mlp.down_proj(hidden), out=into)
-        if training or x.shape[1] <= self.chunk:
+        chunk = max(1, self.chunk // x.shape[0])
+        if training or x.shape[1] <= chunk:
             return finish(x, out)
         y = torch.empty_like(x)
-        for parts in zip(*(t.split(self.chunk, 1) for t in (x, out, y))):
+        for parts in zip(*(t.split(chunk, 1) for t in (x, out, y))):
             finish(*parts)
         return y
 
@@ -566,12 +570,13 @@ class Block(nn.Module):
         """The same for a sequence so long that the queries of all heads would be 2^31 numbers and more, which kernels
         cannot count: a few key heads at a time, their part of o_proj's sum added to the result. Uncompiled: attention
         is all that counts there. Raises UserError if a single key head's queries are that many."""
-        y, attn, chunk = x.clone(), self.self_attn, self.chunk
+        y, attn, chunk = x.clone(), self.self_attn, max(1, self.chunk // x.shape[0])
         width = attn.q_proj.out_features // attn.kv_heads  # of the queries that share a key head
         step = (AT_ONCE - 1) // (x.shape[0] * x.shape[1] * width)
         if step < 1:
-            raise UserError(f"{x.shape[1]} tokens are too many for this model: {width} numbers a token in the queries "
-                            f"that share a key head make {AT_ONCE} and more, which attention kernels cannot count")
+            raise UserError(f"{x.shape[0]} x {x.shape[1]} tokens are too many for this model: {width} numbers a token "
+                            f"in the queries that share a key head make {AT_ONCE} and more, which attention kernels "
+                            "cannot count")
         for first in range(0, attn.kv_heads, step):
             heads = slice(first, first + step)
             q, k, v = joined(attn.qkv(self.input_layernorm(part), *angles, heads)
@@ -1051,7 +1056,7 @@ def add_arguments(parser, data=True):
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile what lies between the attention calls (default: on cuda)")
     parser.add_argument("--attention", choices=KERNELS,
-                        help="default: the first of these that runs (cudnn on Hopper and Blackwell alone)")
+                        help="default: the first of these that runs (cudnn on data-centre Hopper and Blackwell alone)")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of everything random (default: 0)")
 
 

@@ -13,6 +13,7 @@ relative), and in the JSON the fastest and slowest turn and the kernels that tak
 """
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -96,8 +97,8 @@ class Table:
               flush=True)
 
     def add(self, work, tokens, flops, programs, turns=5):
-        """Measure and print. programs: {name: step}; the first is what the others are compared with."""
-        results, gib, took = {}, {}, {name: [] for name in programs}
+        """Measure and print. programs: {name: step}; the first is what the others are compared with, if it can run."""
+        results, gib, took, first = {}, {}, {name: [] for name in programs}, next(iter(programs))
         for name, step in list(programs.items()):
             try:
                 step()  # compiles, and warms up
@@ -116,20 +117,19 @@ class Table:
         for _ in range(turns):
             for name, step in programs.items():
                 took[name].append(timed(step)[0])
-        first = next(iter(programs))
         for name, step in programs.items():
-            seconds, reference = statistics.median(took[name]), results[first]
+            seconds, reference = statistics.median(took[name]), results.get(first)
             row = {"work": work, "program": name, "seconds": seconds, "fastest": min(took[name]),
                    "slowest": max(took[name]), "turns": turns, "tokens_per_s": tokens / seconds,
                    "tflops": flops / seconds / 1e12, "share_of_ceiling": flops / seconds / self.ceiling,
-                   "gib": gib[name], "time_ratio": seconds / statistics.median(took[first]),
-                   "memory_ratio": gib[name] / gib[first],
-                   "difference": ((results[name] - reference).norm() / reference.norm()).item(),
-                   "kernels": kernels_of(step)}
-            self.rows.append(row)
-            print(f"{work:36} {name:14} {seconds:8.3f} {row['time_ratio']:6.2f} {row['tokens_per_s']:9.3g} "
-                  f"{row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib[name]:7.2f} {row['memory_ratio']:6.2f} "
-                  f"{row['difference']:10.2g}", flush=True)
+                   "gib": gib[name]}
+            if reference is not None:
+                row |= {"time_ratio": seconds / statistics.median(took[first]), "memory_ratio": gib[name] / gib[first],
+                        "difference": ((results[name] - reference).norm() / reference.norm()).item()}
+            self.rows.append(row | {"kernels": kernels_of(step)})
+            print(f"{work:36} {name:14} {seconds:8.3f} {row.get('time_ratio', math.nan):6.2f} "
+                  f"{row['tokens_per_s']:9.3g} {row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib[name]:7.2f} "
+                  f"{row.get('memory_ratio', math.nan):6.2f} {row.get('difference', math.nan):10.2g}", flush=True)
         self.save()
 
     def save(self):

@@ -279,7 +279,7 @@ def test_a_forced_kernel_is_the_one_that_is_used_and_one_that_cannot_run_is_one_
 
 
 def test_the_chunks_of_wide_and_narrow_models():
-    """Of whole thousands of tokens, and the MLP's activations at most 1 GiB in bfloat16."""
+    """Whole multiples of 4096 tokens; the MLP's activations at most 1 GiB in bfloat16, but for the widest."""
     def chunk(intermediate_size):
         config = SimpleNamespace(hidden_size=8, head_dim=4, num_attention_heads=2, num_key_value_heads=1, biased=(),
                                  intermediate_size=intermediate_size, rms_norm_eps=1e-5)
@@ -303,7 +303,19 @@ def test_chunks_of_tokens_give_the_same_logits(bundled, monkeypatch):
             return out
         monkeypatch.setattr(longrope.MLP, "hidden", hidden)
         assert_close(bundled.model(tokens), whole, atol=1e-4, rtol=1e-4)
-    assert [size for _, size in made] == [64, 64, 64, 8] * 6
+        assert [size for _, size in made] == [64, 64, 64, 8] * 6
+        made.clear()
+        assert_close(bundled.model(tokens.expand(3, -1)), whole.expand(3, -1, -1), atol=1e-4, rtol=1e-4)
+    assert [size for _, size in made] == ([21] * 9 + [11]) * 6  # of three sequences, as much at a time
+
+
+def test_gradients_of_any_parameter_keep_the_tokens_together(tmp_path, monkeypatch):
+    save_tiny(tmp_path)
+    model = load_model(tmp_path, device="cpu").requires_grad_(False)
+    monkeypatch.setattr(model.model.layers[1], "chunk", 16)
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    model(random_tokens(40)).sum().backward()
+    assert model.model.layers[1].mlp.down_proj.weight.grad.any()
 
 
 @pytest.mark.parametrize("kv_heads, at_once, calls", [(2, 100 * 128 + 1, [(2, 1), (2, 1)]),
@@ -321,10 +333,13 @@ def test_some_heads_at_a_time_give_the_same_logits(tmp_path, monkeypatch, kv_hea
     assert used == [(4, kv_heads)] * 2 + calls * 2
     assert_same_logits(whole, hf_logits(hf, tokens))
     monkeypatch.setattr(longrope, "AT_ONCE", 100 * 64 * 4 // kv_heads)  # one key head's queries are as many
-    with pytest.raises(UserError, match="100 tokens are too many"):
+    with pytest.raises(UserError, match="1 x 100 tokens are too many for this model"):
         model(tokens)
-    model.requires_grad_(True)
-    assert model(tokens).requires_grad and used[-1] == (4, kv_heads)  # training keeps all heads
+    with pytest.raises(UserError, match="1 x 100 tokens are too many to generate"):
+        generate(model, tokens[0], 1)
+    model.model.layers[0].mlp.requires_grad_(True)  # any parameter will do
+    with pytest.raises(UserError, match="1 x 100 tokens are too many to train"):
+        model(tokens)
 
 
 def test_decoding_stays_uncompiled(bundled):

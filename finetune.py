@@ -320,15 +320,23 @@ def load_checkpoint(out, model, optimizer):
     return saved["step"]
 
 
-def check_checkpoint(out, resume, identity):
-    """Refuse to go on from a checkpoint of something else, and to start over where one is."""
+def is_over(out, resume, identity):
+    """Has the run that is to be resumed come to its end? Refuses to go on from a checkpoint of something else, and to
+    start over where one is."""
     if not (found := checkpoints(out)):
-        return
+        ended = read_json(out / "run.json").get("setup") if (out / "run.json").is_file() else None
+        if resume and ended == identity:
+            say(f"{out} is whole: this run came to its end; without --resume it starts anew")
+            return True
+        if ended:
+            say(f"{out} has the model of an earlier run, which will be replaced")
+        return False
     if not resume:
         raise UserError(f"{found[-1]} is of a run that did not end: --resume goes on with it; or delete it")
     saved = read_json(found[-1] / "run.json")
     if other := [k for k in identity if saved.get(k) != identity[k]]:
         raise UserError(f"{found[-1]} is of a run with another {', '.join(other)}: it cannot go on with this one")
+    return False
 
 
 def plot_loss(log, path):
@@ -355,14 +363,15 @@ def plot_loss(log, path):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(p)
-    p.add_argument("--rope", help="rope.json, or none, pi, ntk, yarn (default: what the model's directory says; for "
-                   "the bundled model out/search-LEN/rope.json or else, at 8 times its window, assets/rope.json)")
+    p.add_argument("--rope", help="rope.json, or none, pi, ntk, yarn, of which yarn:16 fixes s (default: what the "
+                   "model's directory says; for the bundled model out/search-LEN/rope.json or else, at 8 times its "
+                   "window, assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=int, nargs="+", default=[], metavar="LEN",
-                   help="each step's segments are left whole or cut into pieces of one of these lengths, by chance, "
-                   "those given twice twice as often. Pieces within the original window are trained under the short "
-                   "set, so that the window is not forgotten (LongRoPE2's mixed context window training) (default: all "
-                   "are left whole)")
+                   help="each step's segments are left whole or cut into pieces of one of these lengths, which must "
+                   "divide --len; whole and each length are equally likely, a length given twice twice as likely. "
+                   "Pieces within the original window are trained under the short set, so that the window is not "
+                   "forgotten (LongRoPE2's mixed context window training) (default: all are left whole)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
                    help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
                    "batch 64, 400 steps, segments of 16384 tokens under the long factors; other flags override them")
@@ -472,7 +481,8 @@ def main(argv=None):
                 "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest()}
     identity |= {key: getattr(args, key) for key in ("len", "mix", "seed", "batch_size", "steps", "lr", "schedule",
                                                      "warmup", "clip", "weight_decay", "dtype")}
-    check_checkpoint(out, args.resume, identity)
+    if is_over(out, args.resume, identity):
+        return
     barrier()
     begun = time.perf_counter()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is well
@@ -482,9 +492,9 @@ def main(argv=None):
         model.rope = rope
         save_model(model, out, state=state)
         plot_loss(out / "log.jsonl", out / "loss.png")
-        write_json(out / "run.json", {"arguments": {k: str(v) for k, v in vars(args).items()}, "segments": len(data),
-                                      "processes": world_size(), "seconds": round(time.perf_counter() - begun, 1),
-                                      **versions()})
+        write_json(out / "run.json", {"arguments": {k: str(v) for k, v in vars(args).items()}, "setup": identity,
+                                      "segments": len(data), "processes": world_size(),
+                                      "seconds": round(time.perf_counter() - begun, 1), **versions()})
         for path in out.glob("checkpoint-*"):
             shutil.rmtree(path)
         say(f"wrote {out}")

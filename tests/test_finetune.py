@@ -431,11 +431,20 @@ def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bund
     assert rope_for("--len", "2048") == (Rope.load(found), "out/search-2048/rope.json")
 
 
-def test_resume_without_a_checkpoint_starts_at_the_beginning(tiny, inputs, tmp_path, finetuned, capsys):
-    finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu", "--resume", "--steps", "2", "--warmup", "0",
-                   "--lr", "1e-3"])
-    capsys.readouterr()
+def test_resume_starts_at_the_beginning_without_a_checkpoint_and_leaves_a_whole_run_alone(
+        tiny, inputs, tmp_path, finetuned, capsys):
+    arguments = [*command(tiny, inputs, tmp_path), "--device", "cpu", "--steps", "2", "--warmup", "0", "--lr", "1e-3"]
+    finetune.main([*arguments, "--resume"])
     assert len(losses(tmp_path)) == 2 and losses(tmp_path)[0] == losses(finetuned[1])[0]
+    assert "earlier run" not in capsys.readouterr().out
+    written = (tmp_path / "run.json").read_bytes()  # with the seconds it took
+    finetune.main([*arguments, "--resume"])
+    assert "this run came to its end" in capsys.readouterr().out
+    assert (tmp_path / "run.json").read_bytes() == written
+    for again in (["--resume", "--seed", "1"], []):
+        finetune.main([*arguments, *again])
+        assert "the model of an earlier run, which will be replaced" in capsys.readouterr().out
+    assert (tmp_path / "run.json").read_bytes() != written
 
 
 def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path, capsys):

@@ -571,9 +571,9 @@ def plot(ropes, length, history, path):
     plt.close(fig)
 
 
-def say_cost(args, model, searched, begun):
-    """The first lines: what a candidate and the whole search will take, from one probe of the machine, and what it took
-    to start since `begun`."""
+def say_cost(args, model, searched, compared, begun):
+    """The first lines: what a candidate, the whole search and the comparison of `compared` windows after it will take,
+    from one probe of the machine, and what it took to start since `begun`."""
     on_cpu = model.unembedding.device.type == "cpu"
     probe = searched[0].tokens[:2048] if on_cpu else searched[0].tokens
     window_nll(model, probe)  # the first call warms up
@@ -581,9 +581,14 @@ def say_cost(args, model, searched, begun):
     window_nll(model, probe)
     a_window = (time.perf_counter() - warm) * forward_flops(model, args.len) / forward_flops(model, len(probe))
     a_candidate, processes, total = a_window * len(searched), world_size(), args.max_evals
+    history = args.out / "history.jsonl"
+    if args.resume and history.is_file():
+        total = max(0, total - len(history.read_text().splitlines()[1:]))
     say(f"one candidate ({len(searched)} documents of {args.len} tokens) takes about {duration(a_candidate)}, the "
-        f"whole search ({total} candidates{f' on {processes} processes' if processes > 1 else ''}) up to about "
-        f"{duration(total * a_candidate / processes)}")
+        f"{'whole search' if total == args.max_evals else 'rest of the search'} ({total} candidates"
+        f"{f' on {processes} processes' if processes > 1 else ''}) up to about "
+        f"{duration(total * a_candidate / processes)}, the comparison after it "
+        f"{duration(compared * a_window / processes)}")
     say_start(model, warm - begun)
     if on_cpu and total * a_candidate > 1800:
         shorter = f"--len {8 * model.window} or " if args.len > 8 * model.window else ""
@@ -597,23 +602,26 @@ def parser():
                                            "--short the window)")
     for key, what in {"samples": "documents a candidate is evaluated on", "population_size": "first individuals, P",
                       "num_mutations": "mutants in an iteration, N1", "num_crossovers": "children in an iteration, N2",
-                      "num_parents": "the top k", "iterations": "T"}.items():
+                      "num_parents": "how many of the best mutate and cross, k",
+                      "iterations": "generations after the first, T"}.items():
         halved = f", {PAPER_ABOVE_512K[key]} above 512k tokens" if PAPER_ABOVE_512K[key] != PAPER[key] else ""
         p.add_argument(f"--{key.replace('_', '-')}", type=int,
                        help=f"{what} (default: the paper's {PAPER[key]}{halved}; {ON_CPU[key]} on a CPU)")
-    p.add_argument("--mutation-prob", type=float, default=0.3, help="of each gene, p (default: 0.3)")
+    p.add_argument("--mutation-prob", type=float, default=0.3, help="a gene's probability to mutate, p (default: 0.3)")
     p.add_argument("--n-hat", type=int, help="fix n_hat, 0 to leave it out (default: a gene, from the paper's set)")
     p.add_argument("--attention-factor", metavar="su|yarn|none|NUMBER|search",
                    help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; "
                    "with --short and no --export: search, since Hugging Face has but one for both sets)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
-                   help="perplexity of whole documents, or of the tokens of a pass key hidden in them (without --data "
-                   "in the pass-key protocol's own sentences) (default: ppl)")
+                   help="perplexity of whole documents, or of the answer where a pass key is hidden near their start "
+                   "and asked for at their end (without --data in the pass-key protocol's own sentences) "
+                   "(default: ppl)")
     p.add_argument("--start-from", dest="start", type=Path, metavar="ROPE",
                    help="a rope.json, say one found with another --fitness: beside PI, NTK and YaRN its factors, put "
                    "within this search's bounds, and mutants of them are first individuals; its attention factor "
-                   "counts with --attention-factor search alone")
-    p.add_argument("--init", type=Path, help="rope.json of a fine-tuned model: search a second stage on top of it")
+                   "is used only with --attention-factor search")
+    p.add_argument("--init", type=Path, metavar="ROPE",
+                   help="rope.json of a fine-tuned model: search a second stage, to be multiplied onto its factors")
     p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     p.add_argument("--screening", type=int, default=64, metavar="N",
                    help="make N times as many mutants and children and evaluate those that a Gaussian process on all "
@@ -636,10 +644,11 @@ def check_export(args, model, space, init):
     if args.export.resolve() == model.path.resolve():
         raise UserError(f"--export {args.export} is the model's own directory")
     kept = init if args.short else init and init.short  # of the two sets of --init the one that is not searched
-    n_hats = {*space.n_hats, kept.n_hat if kept else 0}
+    n_hats = {kept.n_hat if kept else 0, *([] if args.resume else space.n_hats)}  # what is found may well be 0
     if any(n_hats) and not args.allow_n_hat:
         raise UserError("--export: config.json cannot say n_hat above 0: search without it (--n-hat 0), or give "
-                        "--allow-n-hat" + (" (that of --init is above 0)" if not any(space.n_hats) else ""))
+                        "--allow-n-hat" + (" (that of --init is above 0)" if not any(space.n_hats) else
+                                           ", or export with --resume when the search has found n_hat 0"))
 
 
 def export(model, path):
@@ -698,7 +707,7 @@ def main(argv=None):
         check_export(args, model, space, init)
     found = windows_of(args, tokenizer)
     searched, held_out = found[:args.samples], found[args.samples:]
-    say_cost(args, model, searched, begun)
+    say_cost(args, model, searched, len(found) * (len(others) + 1), begun)
     if len(searched) < args.samples:
         say(f"only {len(searched)} documents are long enough, not {args.samples}: give more for factors to rely on")
 
@@ -732,7 +741,9 @@ def main(argv=None):
         plot(ropes, args.len, args.out / "history.jsonl", args.out / "search.png")
     say(f"\nwrote {args.out / 'rope.json'}, history.jsonl and search.png")
     if args.export and rank() == 0:
-        model.rope = ropes[kept]
+        model.rope = rope = ropes[kept]
+        if (n_hat := max(rope.n_hat, rope.short.n_hat if rope.short else 0)) and not args.allow_n_hat:
+            raise UserError(f"--export: config.json cannot say the n_hat that was found, {n_hat}: give --allow-n-hat")
         export(model, args.export)
         say(f"wrote {args.export}, a Hugging Face directory")
 

@@ -303,6 +303,22 @@ def test_an_export_refuses_n_hat_before_the_search_unless_allowed(tmp_path, phi3
     assert read_lines(tmp_path / "s" / "history.jsonl")[1:]
 
 
+@pytest.mark.parametrize("n_hats", [(0, 8), (4, 8)])
+def test_factors_found_are_exported_if_their_n_hat_is_0(tmp_path, phi3, books, capsys, monkeypatch, n_hats):
+    monkeypatch.setattr(search, "N_HAT", n_hats)
+    common = (phi3, books, tmp_path / "s", "--max-evals", 3)  # the formulas, with the n_hat nearest to 0
+    run_search(*common)
+    export = ("--resume", "--export", tmp_path / "e")
+    if n_hats[0]:
+        with pytest.raises(UserError, match="config.json cannot say the n_hat that was found, 4: give --allow-n-hat"):
+            run_search(*common, *export)
+        assert Rope.load(tmp_path / "s" / "rope.json").n_hat == 4 and not (tmp_path / "e").exists()
+        export += ("--allow-n-hat",)
+    run_search(*common, *export)
+    assert Rope.load(tmp_path / "e" / "rope.json").n_hat == n_hats[0]
+    assert "the rest of the search (0 candidates)" in capsys.readouterr().out
+
+
 def test_every_loss_of_the_config_is_named(tmp_path, capsys):
     save_family(tmp_path / "in", "llama")
     plain = Rope.none(HEAD_DIM, THETA, WINDOW)

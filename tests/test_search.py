@@ -528,7 +528,7 @@ def test_search_prints_the_cost_first_and_a_table_at_the_end(searched):
     done, out = searched
     lines = done.stdout.splitlines()
     assert re.match(r"one candidate \(2 documents of 256 tokens\) takes about \S+ s, the whole search "
-                    r"\(16 candidates\) up to about \S+ s$", lines[0])
+                    r"\(16 candidates\) up to about \S+ s, the comparison after it \S+ s$", lines[0])
     assert re.match(r"loading and reading took \S+ s$", lines[1])
     assert [search.duration(s) for s in (0.0754, 119, 120, 7199, 7200, 175000)] == [
         "0.0754 s", "119 s", "2 minutes", "120 minutes", "2 hours", "2.03 days"]

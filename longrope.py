@@ -794,7 +794,8 @@ def resolve_rope(rope, model, length=None):
     if not isinstance(rope, Rope):
         if not Path(rope).is_file():
             hint = "; a model's directory is for --model" if Path(rope).is_dir() else ""
-            raise UserError(f"rope {rope}: neither none, pi, ntk, yarn or config nor a rope.json file{hint}")
+            raise UserError(f"rope {rope}: not none, pi, ntk, yarn (yarn:16 fixes s) or config, nor a rope.json "
+                            f"file{hint}")
         source, rope = rope, Rope.load(rope)
         if not math.isclose(rope.rope_theta, theta := model.config.rope.rope_theta):
             raise UserError(f"{source}: rope_theta {rope.rope_theta:g}, this model has {theta:g}")

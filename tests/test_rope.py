@@ -276,7 +276,8 @@ def test_a_rope_json_that_is_no_json_object_is_the_users_mistake(tmp_path, text)
 
 
 def test_a_rope_that_is_no_file_is_the_users_mistake(tmp_path, tiny):
-    for rope, said in (("yarm", "rope yarm: neither none, pi, ntk, yarn or config nor a rope.json file$"),
+    names = "none, pi, ntk, yarn .yarn:16 fixes s. or config"
+    for rope, said in (("yarm", f"rope yarm: not {names}, nor a rope.json file$"),
                        (str(tmp_path), "nor a rope.json file; a model's directory is for --model$")):
         with pytest.raises(UserError, match=said):
             load_model(tiny, rope, device="cpu")

@@ -427,9 +427,12 @@ def recovery(args, model, init, start):
     def make_rope(individual):
         return with_short(Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
                                individual.attention_factor))
-    known = {"none": trained, "long": init}
-    starts, space = into_space(args, start | known | formulas(model, model.window, scale), init.n_hat, scale,
-                               attention, attention_range)
+    beyond = args.len / model.window
+    if beyond > 1 and args.attention_factor == "search":  # a short set for more than the window: begin as for so much
+        attention = round(su_factor(beyond, model.window), 2)
+    named = formulas(model, model.window, beyond if beyond > 1 else scale)
+    starts, space = into_space(args, start | {"none": trained, "long": init} | named, init.n_hat, scale, attention,
+                               attention_range)
     # in what is exported transformers gives the long set's attention factor to plain RoPE, too
     plain = replace(trained, attention_factor=init.attention_factor) if args.export else trained
     return starts, space, make_rope, {"none": with_short(plain), "long": replace(init, short=None)}

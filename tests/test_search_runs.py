@@ -263,7 +263,8 @@ def test_short_writes_the_short_set_and_leaves_the_long_one(init, tiny, books, l
                                                                   } | short
     assert list(written)[:-1] == list(before)[:-1]
     first = {line["origin"]: line["genes"]["attention_factor"] for line in history[:5]}  # a gene, on the grid
-    assert (first["none"], first["long"], first["pi"]) == (1.0, 1.23, round(su_factor(4.0, WINDOW), 2))
+    su = round(su_factor(2.0 if length else 4.0, WINDOW), 2)
+    assert (first["none"], first["long"], first["pi"]) == (1.0, 1.23, su)
     for line in history:
         assert 1 <= line["genes"]["attention_factor"] <= 1.25 * su_factor(4.0, WINDOW) + 0.01
         assert is_monotone(line["genes"]["factors"]) and on_grid(line["genes"]["factors"], 5.0)
@@ -333,6 +334,16 @@ def test_the_starts_of_a_search_differ(tiny_model):
     pi = Rope.longrope([4.0] * PAIRS, 10000.0, WINDOW, 4.0)
     starts = search.start_of(args, tiny_model, pi)[0]
     assert len(set(starts)) == len(starts)
+
+
+def test_a_short_set_for_more_than_the_window_starts_as_for_so_much(tiny_model):
+    short = "--short", "--attention-factor", "search"
+    starts = {s.origin: s for s in start_of(tiny_model, 2 * WINDOW, 4.0, *short)[0]}
+    assert set(starts["pi"].factors) == {2.0} and max(starts["yarn"].factors) == 2.0
+    assert starts["yarn"].attention_factor == round(su_factor(2, WINDOW), 2) < round(su_factor(4, WINDOW), 2)
+    assert starts["none"].attention_factor == 1.0
+    at_most = {s.origin: s for s in start_of(tiny_model, WINDOW, 4.0, *short)[0]}
+    assert set(at_most["pi"].factors) == {4.0} and at_most["yarn"].attention_factor == round(su_factor(4, WINDOW), 2)
 
 
 def test_a_search_can_start_from_factors_found_before(tiny_model, tmp_path):

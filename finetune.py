@@ -370,8 +370,9 @@ def parser():
     p.add_argument("--mix", type=int, nargs="+", default=[], metavar="LEN",
                    help="each step's segments are left whole or cut into pieces of one of these lengths, which must "
                    "divide --len; whole and each length are equally likely, a length given twice twice as likely. "
-                   "Pieces within the original window are trained under the short set, so that the window is not "
-                   "forgotten (LongRoPE2's mixed context window training) (default: all are left whole)")
+                   "Pieces that the short set serves, those within the original window as a rule, are trained under "
+                   "it, so that the window is not forgotten (LongRoPE2's mixed context window training) (default: all "
+                   "are left whole)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
                    help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
                    "batch 64, 400 steps, segments of 16384 tokens under the long factors; other flags override them")

@@ -545,12 +545,13 @@ class Block(nn.Module):
         before, after = (self.before, self.after) if x.shape[1] > 1 else (
             Block.before.__get__(self), Block.after.__get__(self))  # decoding stays uncompiled
         training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        chunk = max(1, self.chunk // x.shape[0])
         if x.shape[0] * x.shape[1] * self.self_attn.q_proj.out_features >= AT_ONCE:
             if cache or training:
-                what = "generate" if cache else "train"
+                what = "train" if training else "generate"  # several processes that share a sequence have a cache, too
                 raise UserError(f"{x.shape[0]} x {x.shape[1]} tokens are too many to {what} with at once: the queries "
                                 f"of all heads make {AT_ONCE} numbers and more, which attention kernels cannot count")
-            return self.some_heads_at_a_time(x, cos, sin)
+            return self.some_heads_at_a_time(x, cos, sin, chunk)
         q, k, v = before(x, cos, sin)
         out = cache.attend(q, k, v) if cache else attention(q, k, v)
         del q, k, v
@@ -558,7 +559,6 @@ class Block(nn.Module):
         def finish(x, out, into=None):  # a function, so that one chunk's `hidden` is freed before the next is made
             x, hidden = after(x, out)
             return torch.add(x, self.mlp.down_proj(hidden), out=into)
-        chunk = max(1, self.chunk // x.shape[0])
         if training or x.shape[1] <= chunk:
             return finish(x, out)
         y = torch.empty_like(x)
@@ -566,11 +566,11 @@ class Block(nn.Module):
             finish(*parts)
         return y
 
-    def some_heads_at_a_time(self, x, cos, sin):
+    def some_heads_at_a_time(self, x, cos, sin, chunk):
         """The same for a sequence so long that the queries of all heads would be 2^31 numbers and more, which kernels
         cannot count: a few key heads at a time, their part of o_proj's sum added to the result. Uncompiled: attention
         is all that counts there. Raises UserError if a single key head's queries are that many."""
-        y, attn, chunk = x.clone(), self.self_attn, max(1, self.chunk // x.shape[0])
+        y, attn = x.clone(), self.self_attn
         width = attn.q_proj.out_features // attn.kv_heads  # of the queries that share a key head
         step = (AT_ONCE - 1) // (x.shape[0] * x.shape[1] * width)
         if step < 1:

@@ -340,6 +340,8 @@ def test_some_heads_at_a_time_give_the_same_logits(tmp_path, monkeypatch, kv_hea
     model.model.layers[0].mlp.requires_grad_(True)  # any parameter will do
     with pytest.raises(UserError, match="1 x 100 tokens are too many to train"):
         model(tokens)
+    with pytest.raises(UserError, match="1 x 100 tokens are too many to train"):  # a sequence shared by processes
+        model.model.layers[0](torch.zeros(1, 100, 256), None, None, cache=object())
 
 
 def test_decoding_stays_uncompiled(bundled):

@@ -72,7 +72,7 @@ ON_CPU = {"samples": 2, "population_size": 16, "num_mutations": 5, "num_crossove
 @dataclass(frozen=True)
 class Individual:
     """One point of the search space. Equal genes make equal individuals, wherever they come from."""
-    factors: tuple           # lambda_i, (D/2,), multiples of 0.01 from 1 to Space.largest, non-decreasing
+    factors: tuple           # lambda_i, (D/2,), multiples of 0.01 between Space's bounds, non-decreasing
     n_hat: int               # one of Space.n_hats
     attention_factor: float  # a gene too with --attention-factor search
     origin: str = field(compare=False)
@@ -80,6 +80,7 @@ class Individual:
 
 @dataclass(frozen=True)
 class Space:
+    smallest: tuple   # lambda_i, (D/2,), non-decreasing: 1, or with --slow-least more for the slow pairs
     largest: float    # of lambda: 1.25 s
     n_hats: tuple     # N_HAT, or the one that is fixed
     attention: tuple  # lowest and highest attention factor; equal if it is fixed
@@ -103,7 +104,7 @@ def mutate(rng, parent, prob, space):
     factors = [1.0, *parent.factors, space.largest]
     for i in range(1, len(factors) - 1):
         if rng.random() < prob:
-            factors[i] = draw(rng, factors[i - 1], factors[i + 1])
+            factors[i] = draw(rng, max(factors[i - 1], space.smallest[i - 1]), factors[i + 1])
     n_hat = int(rng.choice(space.n_hats)) if rng.random() < prob else parent.n_hat
     attention_factor, (low, high) = parent.attention_factor, space.attention
     if low < high and rng.random() < prob:
@@ -112,13 +113,14 @@ def mutate(rng, parent, prob, space):
 
 
 def shift(rng, parent, space):
-    """lambda_a .. lambda_(b-1) times one number, log-uniform within what their two neighbours allow.
+    """lambda_a .. lambda_(b-1) times one number, log-uniform within what their neighbours and bounds allow.
 
     Good factors are smooth in i, and `mutate`, pair by pair, hardly moves one whose neighbours are close.
     """
     factors = np.array([1.0, *parent.factors, space.largest])
     a, b = sorted(rng.choice(np.arange(1, len(factors)), 2, replace=False))
-    low, high = factors[a - 1] / factors[a], factors[b] / factors[b - 1]
+    low = max(factors[a - 1] / factors[a], (space.smallest[a - 1:b - 1] / factors[a:b]).max())
+    high = factors[b] / factors[b - 1]
     factors[a:b] *= low * (high / low) ** rng.random()
     return replace(parent, factors=tuple(np.round(factors[1:-1], 2).tolist()), origin="mutation")
 
@@ -378,6 +380,7 @@ def start_of(args, model, init):
         used = compared[name].at(args.len)
         if not np.allclose(used.rescale_factors, given.rescale_factors, atol=0.01) or used.n_hat != given.n_hat:
             say(f"--start-from: put into the space of this search, factors rising from 1 to {space.largest:g}"
+                f"{f', at least {space.smallest[-1]:g} for slow pairs' if args.slow_least else ''}"
                 f"{' times those of --init' if init and not args.short else ''}, n_hat {used.n_hat}")
     return starts, space, make_rope, compared
 
@@ -408,7 +411,9 @@ def extension(args, model, init, start):
                       base.attention_factor) for name, rope in named.items()}
     relative = {name: replace(rope, rescale_factors=tuple(np.divide(rope.rescale_factors, base.rescale_factors)))
                 for name, rope in start.items()}
-    starts, space = into_space(args, relative | named, base.n_hat, scale, attention, attention_range)
+    slow = base.inv_freq() * window < 2 * math.pi  # (D/2,): no full turn within the window that there is
+    smallest = np.maximum.accumulate(np.where(slow, max(1.0, round((args.slow_least or 0) * scale, 2)), 1.0))
+    starts, space = into_space(args, relative | named, base.n_hat, scale, attention, attention_range, smallest)
     return starts, space, make_rope, compared
 
 
@@ -432,7 +437,7 @@ def recovery(args, model, init, start):
         attention = round(su_factor(beyond, model.window), 2)
     named = formulas(model, model.window, beyond if beyond > 1 else scale)
     starts, space = into_space(args, start | {"none": trained, "long": init} | named, init.n_hat, scale, attention,
-                               attention_range)
+                               attention_range, np.ones(model.config.head_dim // 2))
     # in what is exported transformers gives the long set's attention factor to plain RoPE, too
     plain = replace(trained, attention_factor=init.attention_factor) if args.export else trained
     return starts, space, make_rope, {"none": with_short(plain), "long": replace(init, short=None)}
@@ -444,19 +449,19 @@ def formulas(model, window, scale):
     return {name: getattr(Rope, name)(model.config.head_dim, rope.rope_theta, window, scale) for name in BASELINES}
 
 
-def into_space(args, ropes, n_hat, scale, attention, attention_range):
+def into_space(args, ropes, n_hat, scale, attention, attention_range, smallest):
     """(individuals, space): the ropes as first individuals, put into the space whatever they were. Where the attention
     factor is searched, those that the model knows and that of --start-from, which has its own n_hat too, begin with
     their own."""
     largest, n_hats = round(1.25 * scale, 2), N_HAT if args.n_hat is None else (args.n_hat,)
     starts, (low, high) = [], attention_range
     for name, rope in ropes.items():
-        factors = np.maximum.accumulate(np.clip(rope.rescale_factors, 1.0, largest))
+        factors = np.maximum.accumulate(np.clip(rope.rescale_factors, smallest, largest))
         own = attention if name in BASELINES or low == high else round(min(max(rope.attention_factor, low), high), 2)
         first = min(n_hats, key=lambda n, own=rope.n_hat if name == "start" else n_hat: abs(n - own))
         starts.append(Individual(tuple(np.round(factors, 2).tolist()), first, own, name))
     starts = list(dict.fromkeys(starts))  # two can be the same, as long factors that are PI's
-    return starts, Space(largest, n_hats, attention_range)
+    return starts, Space(tuple(smallest.tolist()), largest, n_hats, attention_range)
 
 
 def attention_factors(args, scale, window):
@@ -615,6 +620,10 @@ def parser():
     p.add_argument("--attention-factor", metavar="su|yarn|none|NUMBER|search",
                    help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; "
                    "with --short and no --export: search, since Hugging Face has but one for both sets)")
+    p.add_argument("--slow-least", type=float, metavar="R",
+                   help="no factor below R s, s the extension, for the slow pairs, those that make no full turn within "
+                   "the window (LongRoPE2: R = 1). Costs perplexity, and finds more pass keys: 1.19 is a good value "
+                   "(default: no such bound, as in the paper)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the answer where a pass key is hidden near their start "
                    "and asked for at their end (without --data in the pass-key protocol's own sentences) "
@@ -690,6 +699,10 @@ def fill_in(args, model):
         raise UserError("--screening must be at least 1")
     if args.n_hat is not None and args.n_hat < 0:
         raise UserError("--n-hat must be 0 or more")
+    if args.slow_least is not None and not 0 < args.slow_least <= 1.25:
+        raise UserError("--slow-least must be above 0 and at most 1.25: no factor is above 1.25 s")
+    if args.slow_least and args.short:
+        raise UserError("--slow-least is for the long set, not for --short")
     if args.start and not args.start.is_file():
         raise UserError(f"--start-from {args.start}: no such file")
     if args.start and args.start.resolve() == (args.out / "rope.json").resolve():
@@ -715,7 +728,8 @@ def main(argv=None):
         say(f"only {len(searched)} documents are long enough, not {args.samples}: give more for factors to rely on")
 
     same = ("len", "fitness", "seed", "population_size", "num_mutations", "num_crossovers", "num_parents", "n_hat",
-            "mutation_prob", "attention_factor", "short", "racing", "screening")  # what a resumed search must agree in
+            "mutation_prob", "attention_factor", "slow_least", "short", "racing",
+            "screening")  # what a resumed search must agree in
     setup = describe(model, args) | {"data_sha256": data_hash(searched), "init": init and init.to_dict(),
                                      "start": args.start and others["start"].to_dict()}
     setup |= {key: getattr(args, key) for key in same}

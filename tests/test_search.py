@@ -42,7 +42,7 @@ def individual(factors, n_hat=0, attention_factor=1.0):
 
 
 def space(largest, n_hats=N_HAT, attention=(1.0, 1.0)):
-    return Space(largest, n_hats, attention)
+    return Space((1.0,) * PAIRS, largest, n_hats, attention)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,10 +355,6 @@ def test_the_defaults_are_those_of_the_paper():
     assert search.parser().parse_args([]).mutation_prob == 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Racing
-
-
 def test_shift_multiplies_neighbouring_factors_by_one_number():
     rng, parent = np.random.default_rng(3), Individual(tuple(random_factors(5, 6.0)), 4, 1.1, "crossover")
     before, runs = np.array(parent.factors), set()
@@ -375,6 +371,27 @@ def test_shift_multiplies_neighbouring_factors_by_one_number():
             runs.add((run.start, run.stop, number > 1))
     assert {number for *_, number in runs} == {True, False}
     assert {start for start, *_ in runs} >= {0, PAIRS // 2} and {stop for _, stop, _ in runs} >= {PAIRS // 2, PAIRS}
+
+
+def test_the_slow_pairs_bound_is_kept_by_every_operator_and_reached_over_1000_draws():
+    slow = 20
+    bounded = replace(space(10.0), smallest=(1.0,) * slow + (9.5,) * (PAIRS - slow))
+    rng, start = np.random.default_rng(0), random_factors(1, 9.5)[:slow]
+    a, b = (individual([*start, *[high] * (PAIRS - slow)]) for high in (9.75, 10.0))
+    lowest = []
+    for _ in range(DRAWS):
+        made = mutate(rng, a, 0.3, bounded), shift(rng, b, bounded), crossover(rng, a, b)
+        for child in made:
+            assert is_monotone(child.factors) and on_grid(child.factors, 10.0) and min(child.factors[slow:]) >= 9.5
+        lowest.append([child.factors[slow] for child in made])
+        a, b = made[0], made[1] if rng.integers(10) else b  # children of children
+    assert np.array(lowest).min(axis=0).tolist() == [9.5, 9.5, 9.5]
+    free = [mutate(np.random.default_rng(i), a, 1.0, bounded).factors[slow - 1] for i in range(100)]
+    assert min(free) < 9.5  # it is for the slow pairs alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Racing
 
 
 def screened(count=150, seed=0):
@@ -595,6 +612,16 @@ def test_a_searched_attention_factor_is_a_gene_and_stands_in_rope_json(tiny, boo
     assert Rope.load(tmp_path / "rope.json").attention_factor == best["genes"]["attention_factor"]
 
 
+def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window(tiny, books, tmp_path, capsys):
+    search.main([*command(tiny, books, tmp_path), "--slow-least", "1.1", "--device", "cpu"])
+    capsys.readouterr()
+    slow = np.array([2 * math.pi * 10000.0 ** (2 * i / HEAD_DIM) > WINDOW for i in range(PAIRS)])
+    factors = np.array([line["genes"]["factors"] for line in history_of(tmp_path)])
+    assert 0 < slow.sum() < PAIRS and factors[:, slow].min() == 4.4  # 1.1 s; PI's 4 is put there
+    assert factors[1, ~slow].min() == 1.0 and factors[1, slow].min() == 4.4  # NTK's
+    assert np.array(Rope.load(tmp_path / "rope.json").rescale_factors)[slow].min() >= 4.4
+
+
 @pytest.mark.parametrize("given, value", [
     ("su", su_factor(4.0, WINDOW)), ("yarn", 0.1 * math.log(4) + 1), ("none", 1.0), ("1.125", 1.125)])
 def test_a_fixed_attention_factor_is_that_of_all(given, value):
@@ -700,6 +727,9 @@ def test_two_generations_of_the_cpus_default_have_crossover():
     (["--attention-factor", "foo"], "--attention-factor foo: give su, yarn, none, search or a number above 0"),
     (["--attention-factor", "nan"], "--attention-factor nan"),
     (["--attention-factor", "0"], "--attention-factor 0"),
+    (["--slow-least", "0"], "--slow-least must be above 0 and at most 1.25"),
+    (["--slow-least", "1.26"], "--slow-least must be above 0 and at most 1.25"),
+    (["--slow-least", "1", "--short", "--init", __file__], "--slow-least is for the long set"),
     (["--fitness", "needle", "--len", str(WINDOW + 1)], "raise --len"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, books, tmp_path, capsys, changes, said):

@@ -152,6 +152,7 @@ def test_three_kills_at_different_moments_and_resume(tiny, books, tmp_path, caps
     (["--mutation-prob", 0.2], "mutation_prob"),
     (["--n-hat", 0], "n_hat"),
     (["--attention-factor", "yarn"], "attention_factor"),
+    (["--slow-least", 1.1], "slow_least"),
     (["--init", "rope.json"], "init"),
     (["--fitness", "needle"], "fitness"),
 ], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
@@ -250,6 +251,17 @@ def test_a_short_set_is_for_less_than_the_long_one(init, tiny, books, tmp_path, 
 def test_a_second_stage_has_to_go_beyond_the_first(init, tiny, books, tmp_path, capsys):
     said = complaint(search.main, capsys, *command(tiny, books, tmp_path / "out", "--init", init))
     assert "nothing to extend, the window is 256 already" in said and not (tmp_path / "out").exists()
+
+
+def test_in_a_second_stage_slow_are_pairs_that_make_no_full_turn_within_the_first_stages_window(
+        init, tiny, books, capsys):
+    Rope.longrope([1.0] * PAIRS, 10000.0, WINDOW, 4.0).save(init)  # pairs that turn within 4 windows, not within one
+    _, history = searched_on(init, tiny, books, "--len", 512, "--iterations", 0, "--slow-least", 1.25)
+    turns = 4 * WINDOW / (2 * math.pi * 10000.0 ** (np.arange(PAIRS) / PAIRS))
+    factors = np.array([line["genes"]["factors"] for line in history])
+    assert (factors[:, turns < 1] == 2.5).all()  # 1.25 s is the highest there is
+    assert (factors[:, turns >= 1].min(axis=0) < 2.5).all()
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("length", [None, 128], ids=["the window", "128 tokens"])

@@ -49,7 +49,7 @@ def published_crossover(rng, a, b):
                 factors = (*a.factors[:i], b.factors[i], *a.factors[i + 1:])
                 if factors != a.factors and search.is_monotone(factors):
                     return search.Individual(factors, a.n_hat, a.attention_factor, "crossover")
-    return published_mutate(rng, a, 0.3, search.Space(max(a.factors), (), ()))
+    return published_mutate(rng, a, 0.3, search.Space((), max(a.factors), (), ()))
 
 
 PRINTED = ["--no-racing", "--screening", "1"]  # as in the paper

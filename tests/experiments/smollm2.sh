@@ -21,8 +21,8 @@ bound() {
     --out "$OUT/bounded-$1"
   mv "$OUT/bounded-$1/bounded.json" "$OUT/bounded-$1/rope.json"
 }
-tune() { all finetune.py --data "$BOOKS/train" --lr "${LR:-5e-5}" --steps 400 --save-every 100 --resume "$@"; }
-RUN=$OUT/${RUN:-lr-${LR:-5e-5}}
+tune() { all finetune.py --data "$BOOKS/train" --lr "${LR:-1e-4}" --steps 400 --save-every 100 --resume "$@"; }
+RUN=$OUT/${RUN:-lr-${LR:-1e-4}}
 texts=(--doc-tokens 524288 --data "$BOOKS/test")  # each length in windows one after another: the same tokens
 to64=(--len 8192 16384 32768 65536) to128=(--len 2048 4096 8192 16384 32768 65536 131072)
 
@@ -63,25 +63,27 @@ for stage in "$@"; do
       all eval_ppl.py --model "$MODEL" --rope "${ropes[@]}" "${to128[@]}" "${texts[@]}" --out "$OUT/ppl-original"
       all eval_passkey.py --model "$MODEL" --rope "${ropes[@]}" "${to128[@]}" --trials 3 \
         --out "$OUT/passkey-original" ;;
-    train)
-      tune --model "$MODEL" --rope "$OUT/bounded-128k/rope.json" --len 131072 --batch-size 1 \
+    train)  # the short set is searched first, for twice the window: nearer to the long one it is easier to keep
+      search --model "$MODEL" --init "$OUT/bounded-128k/rope.json" --short --len 16384 --n-hat 0 --samples 8 \
+        --data "$BOOKS/search" --out "$OUT/short-128k"
+      tune --model "$MODEL" --rope "$OUT/short-128k/rope.json" --len 131072 --batch-size 1 \
         --mix 131072 8192 8192 16384 32768 65536 --out "$RUN/model" ;;
-    control)  # the same steps, with as many tokens, within the window
-      tune --model "$MODEL" --rope none --len 8192 --batch-size 16 --micro-batch-size 16 --out "$RUN/control" ;;
+    control)  # the same steps, tokens and text, within the window
+      [ -e "$OUT/train-whole" ] || python3 tests/experiments/whole_segments.py --model "$MODEL" --data "$BOOKS/train" \
+        --len 131072 --out "$OUT/train-whole"
+      tune --model "$MODEL" --rope none --len 8192 --batch-size 16 --micro-batch-size 16 --data "$OUT/train-whole" \
+        --out "$RUN/control" ;;
     recover)  # once for this program, up to twice the window as in the paper; once for Hugging Face, which takes the
       # short set within the window alone, and has one attention factor for both sets
       short=(--model "$RUN/model" --init "$RUN/model/rope.json" --short --n-hat 0 --samples 8 --data "$BOOKS/search")
-      search "${short[@]}" --len 16384 --out "$RUN/recovered-16k"
-      search "${short[@]}" --len 8192 --out "$RUN/recovered"
+      search "${short[@]}" --len 16384 --start-from "$RUN/model/rope.json" --out "$RUN/recovered"
       search "${short[@]}" --len 8192 --out "$RUN/recovered-su" --export "$RUN/model-final"
       python3 tests/experiments/variants.py --model "$RUN/model" --rope "$RUN/model/rope.json" --out "$RUN/variants" ;;
     tuned)  # beyond twice the window all of these have the long set
-      at=(--model "$RUN/model" "${texts[@]}")
-      all eval_ppl.py --rope "$RUN/recovered/rope.json" "${to128[@]}" "${at[@]}" --out "$RUN/ppl"
+      at=(--model "$RUN/model" "${texts[@]}" --out "$RUN/ppl")
+      all eval_ppl.py --rope "$RUN/recovered/rope.json" "${to128[@]}" "${at[@]}"
       all eval_ppl.py --rope model "$RUN/variants/long.json" "$RUN/recovered-su/rope.json" --len 2048 4096 8192 \
-        "${at[@]}" --out "$RUN/ppl"
-      all eval_ppl.py --rope "$RUN/recovered-16k/rope.json" --len 2048 4096 8192 16384 "${at[@]}" \
-        --out "$RUN/ppl-16k" ;;
+        16384 "${at[@]}" ;;
     ppl-control)
       short=(--model "$RUN/control" --rope none --len 2048 4096 8192)
       all eval_ppl.py "${short[@]}" "${texts[@]}" --out "$RUN/ppl-control"
@@ -92,9 +94,7 @@ for stage in "$@"; do
     passkey128)
       at=(--model "$RUN/model" --trials 3)
       all eval_passkey.py --rope "$RUN/recovered/rope.json" "${to128[@]}" "${at[@]}" --out "$RUN/passkey"
-      all eval_passkey.py --rope "$RUN/recovered-16k/rope.json" --len 2048 4096 8192 16384 "${at[@]}" \
-        --out "$RUN/passkey-16k"
-      all eval_passkey.py --rope model --len 2048 4096 8192 "${at[@]}" --out "$RUN/passkey-model" ;;
+      all eval_passkey.py --rope model --len 2048 4096 8192 16384 "${at[@]}" --out "$RUN/passkey-model" ;;
     words)  # short texts, so the short set, to which transformers gives the long set's attention factor
       python3 tests/experiments/last_word.py --data "$BOOKS/test" --out "$OUT/last-word"
       for model in "$MODEL" "$RUN"/{model,model-final,control}; do

@@ -380,8 +380,9 @@ def start_of(args, model, init):
         used = compared[name].at(args.len)
         if not np.allclose(used.rescale_factors, given.rescale_factors, atol=0.01) or used.n_hat != given.n_hat:
             say(f"--start-from: put into the space of this search, factors rising from 1 to {space.largest:g}"
-                f"{f', at least {space.smallest[-1]:g} for slow pairs' if args.slow_least else ''}"
-                f"{' times those of --init' if init and not args.short else ''}, n_hat {used.n_hat}")
+                f"{' times those of --init' if init and not args.short else ''}"
+                f"{f', those of slow pairs from {space.smallest[-1]:g}' if args.slow_least else ''}, "
+                f"n_hat {used.n_hat}")
     return starts, space, make_rope, compared
 
 
@@ -413,6 +414,10 @@ def extension(args, model, init, start):
                 for name, rope in start.items()}
     slow = base.inv_freq() * window < 2 * math.pi  # (D/2,): no full turn within the window that there is
     smallest = np.maximum.accumulate(np.where(slow, max(1.0, round((args.slow_least or 0) * scale, 2)), 1.0))
+    if args.slow_least and smallest.max() == 1:
+        raise UserError(f"--slow-least {args.slow_least:g} bounds nothing: " + (
+            f"{args.slow_least:g} s is no more than 1" if slow.any() else
+            f"every pair makes a full turn within the window of {window} tokens"))
     starts, space = into_space(args, relative | named, base.n_hat, scale, attention, attention_range, smallest)
     return starts, space, make_rope, compared
 
@@ -562,15 +567,16 @@ def plot(ropes, length, history, path):
              title=f"factors for {length} tokens")
     left.legend()
 
-    lines = [json.loads(line) for line in history.read_text().splitlines()[1:]]
+    first, *lines = [json.loads(line) for line in history.read_text().splitlines()]
     ppl = np.array([line["ppl"] or np.nan for line in lines])  # none where racing dropped it
     best = np.fmin.accumulate(ppl)
+    as_evaluated = ", the same attention factor" + " and bound" * bool(first["setup"].get("slow_least"))
     right.plot(range(1, len(ppl) + 1), ppl, ".", color="#999999", ms=4, label="an individual")
     right.step(range(1, len(ppl) + 1), best, where="post", color="black", lw=2, label="the best so far")
     for line in lines:
         if line["origin"] in colors:
             right.axhline(line["ppl"], lw=1, ls="--", color=colors[line["origin"]],
-                          label=line["origin"] + ", the same attention factor" * (line["origin"] in BASELINES))
+                          label=line["origin"] + as_evaluated * (line["origin"] in BASELINES))
     spread_of_good = max(np.median(ppl[np.isfinite(ppl)]) - best[-1], 0.01 * best[-1])
     right.set(xlabel="individuals evaluated", ylabel="perplexity on the search's documents", title="search",
               ylim=(best[-1] - 0.5 * spread_of_good, best[-1] + 5 * spread_of_good))
@@ -621,8 +627,9 @@ def parser():
                    help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; "
                    "with --short and no --export: search, since Hugging Face has but one for both sets)")
     p.add_argument("--slow-least", type=float, metavar="R",
-                   help="no factor below R s, s the extension, for the slow pairs, those that make no full turn within "
-                   "the window (LongRoPE2: R = 1). Costs perplexity, and finds more pass keys: 1.19 is a good value "
+                   help="no factor below R s for the slow pairs, those that make no full turn within the window "
+                   "(LongRoPE2: R = 1; 1.19 did well here). Until it is fine-tuned the model then finds more pass "
+                   "keys near --len and fewer well below it. With --init s and window are those of the second stage "
                    "(default: no such bound, as in the paper)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the answer where a pass key is hidden near their start "
@@ -700,7 +707,7 @@ def fill_in(args, model):
     if args.n_hat is not None and args.n_hat < 0:
         raise UserError("--n-hat must be 0 or more")
     if args.slow_least is not None and not 0 < args.slow_least <= 1.25:
-        raise UserError("--slow-least must be above 0 and at most 1.25: no factor is above 1.25 s")
+        raise UserError("--slow-least must be above 0 and at most 1.25, the highest factor of a search")
     if args.slow_least and args.short:
         raise UserError("--slow-least is for the long set, not for --short")
     if args.start and not args.start.is_file():

@@ -730,6 +730,7 @@ def test_two_generations_of_the_cpus_default_have_crossover():
     (["--slow-least", "0"], "--slow-least must be above 0 and at most 1.25"),
     (["--slow-least", "1.26"], "--slow-least must be above 0 and at most 1.25"),
     (["--slow-least", "1", "--short", "--init", __file__], "--slow-least is for the long set"),
+    (["--slow-least", "0.2"], "--slow-least 0.2 bounds nothing: 0.2 s is no more than 1"),
     (["--fitness", "needle", "--len", str(WINDOW + 1)], "raise --len"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, books, tmp_path, capsys, changes, said):

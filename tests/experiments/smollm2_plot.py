@@ -16,10 +16,12 @@ LENGTHS = {"64k": (65536, "#0072B2"), "128k": (131072, "#D55E00")}
 TUNED = "lr-1e-4"  # below results
 CURVES = (  # label, directories ({} is ppl or passkey), rope, style
     ("as trained", "{}-original", "none", "#999999", "-"),
-    ("YaRN", "{}-64k", "yarn", "#009E73", "--"),
+    ("YaRN", "{}-64k", "yarn", "#E69F00", "-"),
     ("YaRN, su", "{}-64k", "yarn-su.json", "#009E73", "-"),
     ("searched for 65536", "{}-64k", "search-64k/rope.json", "#0072B2", "-"),
-    ("the same, slow pairs bounded", "{}-64k", "bounded-64k/rope.json", "#56B4E9", "-"),
+    ("searched for 65536, bounded", "{}-64k", "bounded-64k/rope.json", "#0072B2", "--"),
+    ("searched for 131072", "{}-original", "search-128k/rope.json", "#CC79A7", "-"),
+    ("searched for 131072, bounded", "{}-original", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned at 131072", TUNED + "/{}", "recovered/rope.json", "#D55E00", "-"),
     ("control", TUNED + "/{}-control", "none", "#000000", ":"),
 )
@@ -44,7 +46,7 @@ def progress(results, picture):
 
 
 def over_length(results, picture):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for label, where, rope, color, line in CURVES:
         ppl = {row["length"]: row["ppl"] for row in rows(results / where.format("ppl") / "ppl.json", rope)}
         hits, trials = keys_found(results / where.format("passkey") / "passkey.json", rope)
@@ -52,12 +54,12 @@ def over_length(results, picture):
         style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
         left.plot(*zip(*sorted(ppl.items())), **style)
         right.plot(*zip(*sorted(accuracy.items())), **style)
-    left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity", ylim=(19, 45))
+    left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity", ylim=(19, 47))
     right.set(xscale="log", xlabel="prompt (tokens)", ylabel="pass keys found", ylim=(-0.05, 1.05))
     for ax in (left, right):
         ax.set_xticks([2048 * 2**i for i in range(7)], [f"{2 * 2**i}k" for i in range(7)])
         ax.minorticks_off()
-    left.legend(fontsize=8)
+    fig.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     fig.savefig(picture, dpi=110)
 
 

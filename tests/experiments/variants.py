@@ -26,6 +26,13 @@ def main():
     args = p.parse_args()
     model = load_model(args.model, args.rope, device="meta")
     found = model.rope
+    if args.least:
+        wavelength = [2 * math.pi * found.rope_theta ** (2 * i / model.config.head_dim)
+                      for i in range(model.config.head_dim // 2)]
+        bounded = [max(factor, args.least) if length > model.window else factor
+                   for factor, length in zip(found.rescale_factors, wavelength)]
+        replace(found, rescale_factors=tuple(bounded)).save(args.out / "bounded.json")
+        return
     short = {"short": found.short, "short_max_length": found.short_max_length}
     for name in ("pi", "ntk", "yarn"):
         rope = getattr(Rope, name)(model.config.head_dim, found.rope_theta, model.window, found.scale)
@@ -33,12 +40,6 @@ def main():
     replace(found, attention_factor=1.0).save(args.out / "lambda-n_hat.json")
     replace(found, attention_factor=1.0, n_hat=0).save(args.out / "lambda.json")
     replace(found, short=None).save(args.out / "long.json")
-    if args.least:
-        wavelength = [2 * math.pi * found.rope_theta ** (2 * i / model.config.head_dim)
-                      for i in range(model.config.head_dim // 2)]
-        bounded = [max(factor, args.least) if length > model.window else factor
-                   for factor, length in zip(found.rescale_factors, wavelength)]
-        replace(found, rescale_factors=tuple(bounded)).save(args.out / "bounded.json")
 
 
 if __name__ == "__main__":

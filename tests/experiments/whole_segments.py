@@ -11,19 +11,31 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from finetune import segments  # noqa: E402
-from longrope import UserError, load_tokenizer, read_documents  # noqa: E402
+from longrope import UserError, load_tokenizer, read_documents, run  # noqa: E402
 
-if __name__ == "__main__":
+
+def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="whose tokenizer")
-    p.add_argument("--data", nargs="+", required=True)
-    p.add_argument("--len", type=int, required=True)
-    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--data", nargs="+", required=True, help="as in the scripts")
+    p.add_argument("--len", type=int, required=True, help="tokens of a segment")
+    p.add_argument("--out", type=Path, required=True, help="directory to make, one .txt for each text")
     args = p.parse_args()
     tokenizer = load_tokenizer(args.model)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, text in read_documents(args.data, 5 * args.len):
+    part = args.out.with_name(args.out.name + ".part")  # one that was stopped is not taken for whole
+    part.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for i, (name, text) in enumerate(read_documents(args.data, 5 * args.len)):
         with suppress(UserError):  # too short for one
             found = np.concatenate(list(segments([(name, text)], tokenizer, args.len, 0, 0)))
-            (args.out / f"{Path(name).stem}.txt").write_text(tokenizer.decode(found[:, 1:-1].reshape(-1).tolist()))
-            print(f"{name}: {len(found)} segments")
+            tokens = found[:, 1:-1].reshape(-1).tolist()  # without BOS and EOS
+            (part / f"{i:04}-{Path(name).stem}.txt").write_text(tokenizer.decode(tokens), encoding="utf-8")
+            total += len(found)
+    if not total:
+        raise UserError(f"no text fills {args.len} tokens")
+    part.replace(args.out)
+    print(f"{total} segments in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -350,8 +350,11 @@ def open_history(path, setup, resume):
     if rank() > 0:
         return known, None
     if path.exists() and not resume:
-        say(f"starting afresh, {path} is now {path.stem}.old.jsonl; --resume would have gone on with it")
-        path.replace(path.with_suffix(".old.jsonl"))  # days of work, perhaps
+        say(f"starting afresh, {path} is now {path.stem}.old.jsonl, rope.json rope.old.json; --resume would have gone "
+            "on with it")
+        for old in (path, path.with_name("rope.json")):  # days of work, perhaps
+            if old.exists():
+                old.replace(old.with_suffix(f".old{old.suffix}"))
     part = path.with_name(path.name + ".part")  # the old one stays until what goes on from it is whole
     file = open(part, "w")
     file.writelines(json.dumps(line) + "\n" for line in lines or [{"setup": setup}])
@@ -627,10 +630,10 @@ def parser():
                    help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; "
                    "with --short and no --export: search, since Hugging Face has but one for both sets)")
     p.add_argument("--slow-least", type=float, metavar="R",
-                   help="no factor below R s for the slow pairs, those that make no full turn within the window "
-                   "(LongRoPE2: R = 1; 1.19 did well here). Until it is fine-tuned the model then finds more pass "
-                   "keys near --len and fewer well below it. With --init s and window are those of the second stage "
-                   "(default: no such bound, as in the paper)")
+                   help="no factor below R s, R up to 1.25, for the slow pairs of the long set, those that make no "
+                   "full turn within the window (LongRoPE2: R = 1; 1.19 did well here). Until it is fine-tuned the "
+                   "model then finds more pass keys near --len and fewer well below it. With --init s and window are "
+                   "those of the second stage (default: no such bound, as in the paper)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the answer where a pass key is hidden near their start "
                    "and asked for at their end (without --data in the pass-key protocol's own sentences) "
@@ -707,7 +710,8 @@ def fill_in(args, model):
     if args.n_hat is not None and args.n_hat < 0:
         raise UserError("--n-hat must be 0 or more")
     if args.slow_least is not None and not 0 < args.slow_least <= 1.25:
-        raise UserError("--slow-least must be above 0 and at most 1.25, the highest factor of a search")
+        raise UserError(f"--slow-least {args.slow_least:g}: give a number above 0 and at most 1.25, as no factor is "
+                        "above 1.25 s")
     if args.slow_least and args.short:
         raise UserError("--slow-least is for the long set, not for --short")
     if args.start and not args.start.is_file():
@@ -767,7 +771,8 @@ def main(argv=None):
     if args.export and rank() == 0:
         model.rope = rope = ropes[kept]
         if (n_hat := max(rope.n_hat, rope.short.n_hat if rope.short else 0)) and not args.allow_n_hat:
-            raise UserError(f"--export: config.json cannot say the n_hat that was found, {n_hat}: give --allow-n-hat")
+            raise UserError(f"--export: config.json cannot say the n_hat that was found, {n_hat}: search with --n-hat "
+                            "0, or give --allow-n-hat")
         export(model, args.export)
         say(f"wrote {args.export}, a Hugging Face directory")
 

@@ -310,7 +310,7 @@ def test_factors_found_are_exported_if_their_n_hat_is_0(tmp_path, phi3, books, c
     run_search(*common)
     export = ("--resume", "--export", tmp_path / "e")
     if n_hats[0]:
-        with pytest.raises(UserError, match="config.json cannot say the n_hat that was found, 4: give --allow-n-hat"):
+        with pytest.raises(UserError, match="config.json cannot say the n_hat that was found, 4: search with --n-hat"):
             run_search(*common, *export)
         assert Rope.load(tmp_path / "s" / "rope.json").n_hat == 4 and not (tmp_path / "e").exists()
         export += ("--allow-n-hat",)

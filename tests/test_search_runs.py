@@ -89,7 +89,10 @@ def test_a_history_without_its_first_line_is_refused(undisturbed, tiny, books, t
 def test_resume_without_a_history_and_a_fresh_start_over_an_old_one(undisturbed, tiny, books, tmp_path, capsys):
     search.main(command(tiny, books, tmp_path, "--seed", 5, "--resume"))
     assert not same(tmp_path, undisturbed)
+    former = {name: (tmp_path / name).read_bytes() for name in ("rope.json", "history.jsonl")}
     search.main(command(tiny, books, tmp_path))
+    assert former == {"rope.json": (tmp_path / "rope.old.json").read_bytes(),
+                      "history.jsonl": (tmp_path / "history.old.jsonl").read_bytes()}
     assert f"starting afresh, {tmp_path / 'history.jsonl'} is now history.old.jsonl" in capsys.readouterr().out
     assert same(tmp_path, undisturbed)
 

@@ -40,8 +40,8 @@ from longrope import (
     write_json,
 )
 
-ROPES = ("none, pi, ntk, yarn, yarn:16 (s fixed), model (what its directory says), config or a rope.json "
-         "(default: none pi ntk yarn, and model if it has a rope.json)")
+ROPES = ("none, pi, ntk, yarn, yarn:16 (s fixed), model (its directory's rope.json, or else its config.json), config "
+         "(config.json alone) or a rope.json (default: none pi ntk yarn, and model if it has a rope.json)")
 BINS = 16  # of the window, for perplexity by position
 SCALES = ("s of pi, ntk and yarn is length / {window}, the model's window (yarn:16 fixes it); "
           "attention factor 1 for pi and ntk, 0.1 ln s + 1 for yarn")

@@ -126,7 +126,7 @@ class Rope:
     @classmethod
     def llama3(cls, head_dim, rope_theta, window, factor, low_freq_factor, high_freq_factor, before):
         """Llama 3.1's, with which it was trained: YaRN's ramp over the turns within an earlier window, `before`."""
-        turns = before / (2 * math.pi) * cls.none(head_dim, rope_theta, window).inv_freq()
+        turns = cls.none(head_dim, rope_theta, window).turns(before)
         keep = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
         return cls(tuple((1 / (keep + (1 - keep) / factor)).tolist()), rope_theta, window)
 
@@ -169,6 +169,10 @@ class Rope:
         pairs = len(self.rescale_factors)
         factors = np.asarray(self.rescale_factors if rescale_factors is None else rescale_factors, dtype=np.float64)
         return 1.0 / (factors * self.rope_theta ** (np.arange(pairs) / pairs))
+
+    def turns(self, window):
+        """How many full turns each pair makes within `window` tokens, (D/2,) float64."""
+        return window / (2 * math.pi) * self.inv_freq()
 
     def table(self, length, device="cpu", total_length=None):
         """cos and sin, (T, D/2) float32 each, for positions 0 .. length-1.

@@ -415,7 +415,7 @@ def extension(args, model, init, start):
                       base.attention_factor) for name, rope in named.items()}
     relative = {name: replace(rope, rescale_factors=tuple(np.divide(rope.rescale_factors, base.rescale_factors)))
                 for name, rope in start.items()}
-    slow = base.inv_freq() * window < 2 * math.pi  # (D/2,): no full turn within the window that there is
+    slow = base.turns(window) < 1  # (D/2,)
     smallest = np.maximum.accumulate(np.where(slow, max(1.0, round((args.slow_least or 0) * scale, 2)), 1.0))
     if args.slow_least and smallest.max() == 1:
         raise UserError(f"--slow-least {args.slow_least:g} bounds nothing: " + (
@@ -458,9 +458,9 @@ def formulas(model, window, scale):
 
 
 def into_space(args, ropes, n_hat, scale, attention, attention_range, smallest):
-    """(individuals, space): the ropes as first individuals, put into the space whatever they were. Where the attention
-    factor is searched, those that the model knows and that of --start-from, which has its own n_hat too, begin with
-    their own."""
+    """(individuals, space): the ropes as first individuals, put into the space whatever they were; `smallest` is its
+    least lambda_i, (D/2,). Where the attention factor is searched, those that the model knows and that of --start-from,
+    which has its own n_hat too, begin with their own."""
     largest, n_hats = round(1.25 * scale, 2), N_HAT if args.n_hat is None else (args.n_hat,)
     starts, (low, high) = [], attention_range
     for name, rope in ropes.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from eval_passkey import make_prompt, make_trials, teacher_forced  # noqa: E402
+from eval_passkey import ask, make_trials  # noqa: E402
 from longrope import (  # noqa: E402
     add_arguments,
     begin,
@@ -38,11 +38,10 @@ def main():
     model, tokenizer = begin(args), load_tokenizer(args.model)
     texts = windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, args.samples)
     trials = make_trials(args.seed, [args.len], 10, 1)
-    prompts = [make_prompt(tokenizer, args.len, t["depth"], t["key"]) for t in trials]
     wide = max(map(len, args.rope))
     for name in args.rope:
         model.rope = resolve_rope(name, model, args.len)
-        hits = "".join(".X"[teacher_forced(model, tokens, count) == tokens[-count:]] for tokens, count in prompts)
+        hits = "".join(".X"[ask(model, tokenizer, trial, by_generating=False)["hit"]] for trial in trials)
         nll = torch.stack([window_nll(model, w.tokens) for w in texts])  # (N, T-1)
         quarters = " ".join(f"{quarter.mean().exp():.1f}" for quarter in nll.chunk(4, 1))
         print(f"{name:{wide}} hits {hits} ppl {nll.mean().exp():.2f} quarters {quarters}", flush=True)

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     for path in headers:
         if len(documents[-1]) > 600_000:
             documents.append("")
-        documents[-1] += path.read_text(errors="ignore") + "\n"
+        documents[-1] += path.read_text(encoding="utf-8", errors="ignore") + "\n"
     for i, text in enumerate(documents[:-1]):  # the last is short
         file = out / ("test" if i < 2 else "train") / f"{i:02}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ lambda-n_hat.json: no multiplier; long.json: the long set at every length; with 
 below NUMBER where a pair makes no full turn within the original window (LongRoPE2, arXiv 2502.20082, wants at least s).
 """
 import argparse
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +26,9 @@ def main():
     model = load_model(args.model, args.rope, device="meta")
     found = model.rope
     if args.least:
-        wavelength = [2 * math.pi * found.rope_theta ** (2 * i / model.config.head_dim)
-                      for i in range(model.config.head_dim // 2)]
-        bounded = [max(factor, args.least) if length > model.window else factor
-                   for factor, length in zip(found.rescale_factors, wavelength)]
+        turns = Rope.none(model.config.head_dim, found.rope_theta, model.window).turns(model.window)
+        bounded = [max(factor, args.least) if times < 1 else factor
+                   for factor, times in zip(found.rescale_factors, turns)]
         replace(found, rescale_factors=tuple(bounded)).save(args.out / "bounded.json")
         return
     short = {"short": found.short, "short_max_length": found.short_max_length}

@@ -4,14 +4,11 @@
 """
 import argparse
 import sys
-from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from finetune import segments  # noqa: E402
-from longrope import UserError, load_tokenizer, read_documents, run  # noqa: E402
+from longrope import load_tokenizer, read_documents, run  # noqa: E402
 
 
 def main():
@@ -25,14 +22,10 @@ def main():
     part = args.out.with_name(args.out.name + ".part")  # one that was stopped is not taken for whole
     part.mkdir(parents=True, exist_ok=True)
     total = 0
-    for i, (name, text) in enumerate(read_documents(args.data, 5 * args.len)):
-        with suppress(UserError):  # too short for one
-            found = np.concatenate(list(segments([(name, text)], tokenizer, args.len, 0, 0)))
-            tokens = found[:, 1:-1].reshape(-1).tolist()  # without BOS and EOS
-            (part / f"{i:04}-{Path(name).stem}.txt").write_text(tokenizer.decode(tokens), encoding="utf-8")
-            total += len(found)
-    if not total:
-        raise UserError(f"no text fills {args.len} tokens")
+    for i, found in enumerate(segments(read_documents(args.data), tokenizer, args.len, 0, 0)):
+        tokens = found[:, 1:-1].reshape(-1).tolist()  # without BOS and EOS
+        (part / f"{i:04}.txt").write_text(tokenizer.decode(tokens), encoding="utf-8")
+        total += len(found)
     part.replace(args.out)
     print(f"{total} segments in {args.out}")
 

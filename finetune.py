@@ -114,7 +114,7 @@ def tokenised(read, tokenizer, length, bos, eos, out):
 
 
 def batch_of(data, step, batch_size, seed):
-    """The segments of step `step`: every epoch is a permutation of all segments, drawn from the seed and the epoch."""
+    """The rows of `data` for step `step`: every epoch is a permutation of all, drawn from the seed and the epoch."""
     picked = []
     for at in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(at, len(data))
@@ -241,10 +241,10 @@ def train(model, data, device, args, out, identity):
         pieces = args.batch_size * args.len // length  # in a step, over all processes
         predicted, flops = pieces * (length - 1), 3 * forward_flops(model, length) * pieces  # backward is twice forward
         total = torch.zeros((), device=device)
-        mine = batch_of(data, step, args.batch_size, args.seed)[group::groups]
-        for tokens in mine.split(args.micro_batch_size):
-            tokens = tokens.to(device).reshape(-1, length)  # within the window they are trained under the short set
-            loss = loss_of(model, tokens, compute_dtype, context) / predicted
+        # within the window under the short set; drawn one by one, for neighbours are alike and teach less
+        mine = batch_of(data.view(-1, length), step, pieces, args.seed)[group::groups]
+        for tokens in mine.split(args.micro_batch_size * args.len // length):
+            loss = loss_of(model, tokens.to(device), compute_dtype, context) / predicted
             (loss * world_size()).backward()  # FSDP takes the mean over processes; gradients add up over micro-batches
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -368,8 +368,9 @@ def parser():
                    "window, assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=int, nargs="+", default=[], metavar="LEN",
-                   help="each step's segments are left whole or cut into pieces of one of these lengths, which must "
-                   "divide --len; whole and each length are equally likely, a length given twice twice as likely. "
+                   help="each step is of whole segments or of as many tokens in pieces of one of these lengths, which "
+                   "must divide --len, drawn from all segments; whole and each length are equally likely, a length "
+                   "given twice twice as likely. "
                    "Pieces that the short set serves, those within the original window as a rule, are trained under "
                    "it, so that the window is not forgotten (LongRoPE2's mixed context window training) (default: all "
                    "are left whole)")

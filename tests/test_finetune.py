@@ -307,7 +307,8 @@ def test_the_mistral_recipe_trains_within_the_window_under_the_long_factors(tiny
 
 
 def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_window(tiny, inputs, tmp_path, capsys):
-    """With a learning rate of 0 every step's loss is that of the model as it was, on pieces of the step's length."""
+    """With a learning rate of 0 every step's loss is that of the model as it was, on pieces of the step's length, which
+    are drawn from all segments, not from as few as a step of whole ones has."""
     rope = replace(Rope.load(inputs / "rope.json"), short=Rope(random_factors(4, 2), 10000.0, WINDOW),
                    short_max_length=WINDOW)
     rope.save(tmp_path / "rope.json")
@@ -318,7 +319,7 @@ def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_windo
     log, model = read_lines(tmp_path / "out" / "log.jsonl"), load_model(tiny, rope, device="cpu")
     assert {line["len"] for line in log} == {LENGTH, WINDOW, WINDOW // 2}
     for line in log:
-        pieces = batch_of(data, line["step"], 4, seed=0).view(-1, line["len"])
+        pieces = batch_of(data.view(-1, line["len"]), line["step"], 4 * LENGTH // line["len"], seed=0)
         logits = model(pieces)  # long or short by the pieces' length
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), pieces[:, 1:].flatten())
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -8,6 +8,7 @@ over 4 of them. --resume goes on from the last checkpoint, on any number of proc
 Hugging Face directory with rope.json beside; log.jsonl has a line a step.
 """
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -113,15 +114,41 @@ def tokenised(read, tokenizer, length, bos, eos, out):
     return torch.from_numpy(np.memmap(path, np.int32, mode="c").reshape(-1, length)), source.hexdigest()
 
 
-def batch_of(data, step, batch_size, seed):
-    """The rows of `data` for step `step`: every epoch is a permutation of all, drawn from the seed and the epoch."""
-    picked = []
+@functools.lru_cache(2)  # a step may end one epoch and begin the next
+def reading_order(count, epoch, batch_size, seed, lengths):
+    """What is read in the place of each of the `count` segments of an epoch: (length, rows of data.view(-1, length)).
+
+    Every epoch is a permutation of all segments, drawn from the seed and the epoch, and every step draws one of
+    `lengths`, the first of which leaves segments whole. What the epoch cuts to another one is shuffled piece by piece,
+    for neighbours are alike.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(count, generator=generator)
+    steps = ((epoch * count + place) // batch_size for place in range(count))
+    drawn = torch.tensor([random.Random(f"{seed} {step}").choice(lengths) for step in steps])
+    read = [None] * count
+    for length in sorted(set(lengths)):
+        places, cuts = (drawn == length).nonzero().flatten(), lengths[0] // length
+        rows = (order[places, None] * cuts + torch.arange(cuts)).flatten()
+        if cuts > 1:
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+        for place, mine in zip(places.tolist(), rows.split(cuts)):
+            read[place] = length, mine
+    return read
+
+
+def batch_of(data, step, batch_size, seed, mix=()):
+    """The tokens of step `step`, (B, T): segments of `data` (N, T) or, as long altogether, pieces of a length of `mix`,
+    each bookended like a segment."""
+    whole, found = data.shape[1], []
     for at in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(at, len(data))
-        if not picked or place == 0:
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        picked.append(order[place])
-    return data[torch.stack(picked)].long()
+        length, rows = reading_order(len(data), epoch, batch_size, seed, (whole, *mix))[place]
+        found.append(data.view(-1, length)[rows])
+    batch = torch.cat(found).long()
+    if length < whole:
+        batch[:, 0], batch[:, -1] = data[0, 0], data[0, -1]
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,13 +264,12 @@ def train(model, data, device, args, out, identity):
         lr = learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
-        length = random.Random(f"{args.seed} {step}").choice([args.len, *args.mix])  # all processes draw the same
-        pieces = args.batch_size * args.len // length  # in a step, over all processes
+        batch = batch_of(data, step, args.batch_size, args.seed, args.mix)  # the same on all processes
+        pieces, length = batch.shape
         predicted, flops = pieces * (length - 1), 3 * forward_flops(model, length) * pieces  # backward is twice forward
         total = torch.zeros((), device=device)
-        # within the window under the short set; drawn one by one, for neighbours are alike and teach less
-        mine = batch_of(data.view(-1, length), step, pieces, args.seed)[group::groups]
-        for tokens in mine.split(args.micro_batch_size * args.len // length):
+        for tokens in batch[group::groups].split(args.micro_batch_size * args.len // length):
+            # within the window under the short set
             loss = loss_of(model, tokens.to(device), compute_dtype, context) / predicted
             (loss * world_size()).backward()  # FSDP takes the mean over processes; gradients add up over micro-batches
             total += loss.detach()
@@ -369,11 +395,10 @@ def parser():
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=int, nargs="+", default=[], metavar="LEN",
                    help="each step is of whole segments or of as many tokens in pieces of one of these lengths, which "
-                   "must divide --len, drawn from all segments; whole and each length are equally likely, a length "
-                   "given twice twice as likely. "
-                   "Pieces that the short set serves, those within the original window as a rule, are trained under "
-                   "it, so that the window is not forgotten (LongRoPE2's mixed context window training) (default: all "
-                   "are left whole)")
+                   "must divide --len, from anywhere in the data; whole and each length are equally likely, a length "
+                   "given twice counts double. Pieces that the short set serves, those within the original window as "
+                   "a rule, are trained under it, so that the window is not forgotten (LongRoPE2's mixed context "
+                   "window training) (default: all are left whole)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
                    help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
                    "batch 64, 400 steps, segments of 16384 tokens under the long factors; other flags override them")

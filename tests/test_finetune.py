@@ -85,6 +85,27 @@ def test_every_epoch_takes_every_segment_once_in_an_order_of_its_own():
     assert batch_of(data, 0, 25, seed=1).flatten()[:10].tolist() == epochs[0].tolist()  # more than an epoch in a step
 
 
+def test_an_epoch_of_pieces_reads_every_token_once_and_no_step_only_neighbours():
+    """Twelve segments of eight pieces, three to a step; the pieces of a length are shuffled over the whole epoch."""
+    data = torch.arange(12 * 64).view(12, 64)
+    epoch = [batch_of(data, step, 3, seed=1, mix=(8, 8, 16)) for step in range(400)]
+    assert {batch.shape for batch in epoch} == {(3, 64), (24, 8), (12, 16)}
+    spread = []
+    for first in range(0, 400, 4):
+        batches = epoch[first:first + 4]
+        inner = torch.cat([batch[:, 1:-1].flatten() for batch in batches])
+        assert len(inner.unique()) == len(inner)
+        middle = {batch.shape[1]: batch[:, batch.shape[1] // 2] for batch in batches}
+        spread += [len((tokens // 64).unique()) for length, tokens in middle.items() if length == 8]
+        for batch in batches:
+            if batch.shape[1] == 64:
+                assert (batch == data[batch[:, 0] // 64]).all()
+            else:  # bookended as segments are, the tokens between as they were
+                assert (batch[:, 0] == data[0, 0]).all() and (batch[:, -1] == data[0, -1]).all()
+                assert (batch[:, 1:-1].diff() == 1).all() and (batch[:, 1] % batch.shape[1] == 1).all()
+    assert max(spread) > 6  # where several steps of an epoch are cut alike, each has pieces of all their segments
+
+
 def test_the_learning_rate_warms_up_to_its_peak_and_decays_to_nothing():
     for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
         rate = partial(learning_rate, steps=110, peak=3.0, warmup=10, schedule=schedule)
@@ -307,8 +328,7 @@ def test_the_mistral_recipe_trains_within_the_window_under_the_long_factors(tiny
 
 
 def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_window(tiny, inputs, tmp_path, capsys):
-    """With a learning rate of 0 every step's loss is that of the model as it was, on pieces of the step's length, which
-    are drawn from all segments, not from as few as a step of whole ones has."""
+    """With a learning rate of 0 every step's loss is that of the model as it was, on pieces of the step's length."""
     rope = replace(Rope.load(inputs / "rope.json"), short=Rope(random_factors(4, 2), 10000.0, WINDOW),
                    short_max_length=WINDOW)
     rope.save(tmp_path / "rope.json")
@@ -319,7 +339,9 @@ def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_windo
     log, model = read_lines(tmp_path / "out" / "log.jsonl"), load_model(tiny, rope, device="cpu")
     assert {line["len"] for line in log} == {LENGTH, WINDOW, WINDOW // 2}
     for line in log:
-        pieces = batch_of(data.view(-1, line["len"]), line["step"], 4 * LENGTH // line["len"], seed=0)
+        pieces = batch_of(data, line["step"], 4, 0, (WINDOW, WINDOW // 2))
+        assert pieces.shape == (4 * LENGTH // line["len"], line["len"])
+        assert (pieces[:, 0] == BOS).all() and (pieces[:, -1] == EOS).all()
         logits = model(pieces)  # long or short by the pieces' length
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), pieces[:, 1:].flatten())
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -116,30 +116,30 @@ def tokenised(read, tokenizer, length, bos, eos, out):
 
 @functools.lru_cache(2)  # a step may end one epoch and begin the next
 def reading_order(count, epoch, batch_size, seed, lengths):
-    """What is read in the place of each of the `count` segments of an epoch: (length, rows of data.view(-1, length)).
+    """For each of an epoch's `count` places: (length, rows), to be read as data.view(-1, length)[rows].
 
-    Every epoch is a permutation of all segments, drawn from the seed and the epoch, and every step draws one of
-    `lengths`, the first of which leaves segments whole. What the epoch cuts to another one is shuffled piece by piece,
-    for neighbours are alike.
+    An epoch is a permutation of all segments, drawn from the seed and the epoch, and each step draws its length from
+    `lengths`, whose first is that of a whole segment. The segments of all of the epoch's steps of a shorter length are
+    cut, and the pieces shuffled, for neighbours are alike.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
     steps = ((epoch * count + place) // batch_size for place in range(count))
-    drawn = torch.tensor([random.Random(f"{seed} {step}").choice(lengths) for step in steps])
-    read = [None] * count
+    length_at = torch.tensor([random.Random(f"{seed} {step}").choice(lengths) for step in steps])
+    found = [None] * count
     for length in sorted(set(lengths)):
-        places, cuts = (drawn == length).nonzero().flatten(), lengths[0] // length
-        rows = (order[places, None] * cuts + torch.arange(cuts)).flatten()
-        if cuts > 1:
+        places, pieces = (length_at == length).nonzero().flatten(), lengths[0] // length
+        rows = (order[places, None] * pieces + torch.arange(pieces)).flatten()
+        if pieces > 1:
             rows = rows[torch.randperm(len(rows), generator=generator)]
-        for place, mine in zip(places.tolist(), rows.split(cuts)):
-            read[place] = length, mine
-    return read
+        for place, of_place in zip(places.tolist(), rows.split(pieces)):
+            found[place] = length, of_place
+    return found
 
 
 def batch_of(data, step, batch_size, seed, mix=()):
     """The tokens of step `step`, (B, T): segments of `data` (N, T) or, as long altogether, pieces of a length of `mix`,
-    each bookended like a segment."""
+    with BOS and EOS in place of each one's first and last token."""
     whole, found = data.shape[1], []
     for at in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(at, len(data))
@@ -269,7 +269,7 @@ def train(model, data, device, args, out, identity):
         predicted, flops = pieces * (length - 1), 3 * forward_flops(model, length) * pieces  # backward is twice forward
         total = torch.zeros((), device=device)
         for tokens in batch[group::groups].split(args.micro_batch_size * args.len // length):
-            # within the window under the short set
+            # under the short set where it serves this length
             loss = loss_of(model, tokens.to(device), compute_dtype, context) / predicted
             (loss * world_size()).backward()  # FSDP takes the mean over processes; gradients add up over micro-batches
             total += loss.detach()

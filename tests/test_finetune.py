@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import finetune
-from finetune import batch_of, learning_rate, segments
+from finetune import batch_of, learning_rate, reading_order, segments
 from longrope import Rope, UserError, compile_blocks, load_model, load_tokenizer, read_documents, run, use_attention
 
 LENGTH, STEPS = 2 * WINDOW, 16
@@ -85,25 +85,31 @@ def test_every_epoch_takes_every_segment_once_in_an_order_of_its_own():
     assert batch_of(data, 0, 25, seed=1).flatten()[:10].tolist() == epochs[0].tolist()  # more than an epoch in a step
 
 
-def test_an_epoch_of_pieces_reads_every_token_once_and_no_step_only_neighbours():
-    """Twelve segments of eight pieces, three to a step; the pieces of a length are shuffled over the whole epoch."""
-    data = torch.arange(12 * 64).view(12, 64)
-    epoch = [batch_of(data, step, 3, seed=1, mix=(8, 8, 16)) for step in range(400)]
-    assert {batch.shape for batch in epoch} == {(3, 64), (24, 8), (12, 16)}
-    spread = []
+@pytest.mark.parametrize("count, batch_size", [(12, 3), (10, 4), (3, 7)])  # steps may end in another epoch, or span it
+def test_an_epoch_reads_every_row_once_whatever_it_is_cut_to(count, batch_size):
+    for epoch in range(50):
+        found = reading_order(count, epoch, batch_size, 1, (64, 8, 8, 16, 64))
+        tokens = torch.cat([torch.arange(count * 64).view(-1, length)[rows].flatten() for length, rows in found])
+        assert torch.equal(tokens.sort().values, torch.arange(count * 64))
+
+
+def test_the_pieces_of_an_epochs_steps_of_one_length_are_shuffled_and_bookended():
+    """Twelve segments of eight pieces, three to a step."""
+    data, several = torch.arange(12 * 64).view(12, 64), 0
     for first in range(0, 400, 4):
-        batches = epoch[first:first + 4]
-        inner = torch.cat([batch[:, 1:-1].flatten() for batch in batches])
-        assert len(inner.unique()) == len(inner)
-        middle = {batch.shape[1]: batch[:, batch.shape[1] // 2] for batch in batches}
-        spread += [len((tokens // 64).unique()) for length, tokens in middle.items() if length == 8]
-        for batch in batches:
+        epoch = [batch_of(data, step, 3, seed=1, mix=(8, 8, 16)) for step in range(first, first + 4)]
+        assert {batch.shape for batch in epoch} <= {(3, 64), (24, 8), (12, 16)}
+        for batch in epoch:
             if batch.shape[1] == 64:
                 assert (batch == data[batch[:, 0] // 64]).all()
-            else:  # bookended as segments are, the tokens between as they were
+            else:
                 assert (batch[:, 0] == data[0, 0]).all() and (batch[:, -1] == data[0, -1]).all()
                 assert (batch[:, 1:-1].diff() == 1).all() and (batch[:, 1] % batch.shape[1] == 1).all()
-    assert max(spread) > 6  # where several steps of an epoch are cut alike, each has pieces of all their segments
+        alike = [batch for batch in epoch if batch.shape[1] == 8]
+        if len(alike) > 1:  # each has pieces of more segments than its three
+            assert all(len((batch[:, 1] // 64).unique()) > 3 for batch in alike)
+            several += 1
+    assert several > 20
 
 
 def test_the_learning_rate_warms_up_to_its_peak_and_decays_to_nothing():

@@ -124,8 +124,9 @@ def reading_order(count, epoch, batch_size, seed, lengths):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
-    steps = ((epoch * count + place) // batch_size for place in range(count))
-    length_at = torch.tensor([random.Random(f"{seed} {step}").choice(lengths) for step in steps])
+    steps = torch.arange(epoch * count, (epoch + 1) * count) // batch_size  # that of each place
+    drawn = [random.Random(f"{seed} {step}").choice(lengths) for step in range(steps[0], steps[-1] + 1)]
+    length_at = torch.tensor(drawn)[steps - steps[0]]
     found = [None] * count
     for length in sorted(set(lengths)):
         places, pieces = (length_at == length).nonzero().flatten(), lengths[0] // length
@@ -146,7 +147,7 @@ def batch_of(data, step, batch_size, seed, mix=()):
         length, rows = reading_order(len(data), epoch, batch_size, seed, (whole, *mix))[place]
         found.append(data.view(-1, length)[rows])
     batch = torch.cat(found).long()
-    if length < whole:
+    if batch.shape[1] < whole:
         batch[:, 0], batch[:, -1] = data[0, 0], data[0, -1]
     return batch
 

@@ -4,12 +4,12 @@
 #
 #     export MODEL=SmolLM2-135M BOOKS=books OUT=out/smollm2
 #     bash tests/experiments/smollm2.sh search64 needle64 bounded64 lambda64 ppl64 passkey64 search128 bounded128 original
-#     bash tests/experiments/smollm2.sh train control recover tuned ppl-control quarter passkey128 words
+#     bash tests/experiments/smollm2.sh train control recover tuned ppl-control quarter passkey128 generate words
 #
 # results/smollm2/DATA.md says where the model and the books are from. BOOKS/train, BOOKS/search and BOOKS/test are
 # three separate lists of long texts. The stages named are run one after another, each from the directories that those
 # before it left in OUT; a stage that was stopped goes on. GPUS: how many a command takes (default: all). LR: of the
-# training and of its control; RUN: where these and what is measured of them go, below OUT.
+# training and of its control; RUN: where these and what is measured of them go, below OUT (default: tuned).
 set -euo pipefail
 MODEL=${MODEL:?} BOOKS=${BOOKS:?} OUT=${OUT:?}
 GPUS=${GPUS:-$(python3 -c "import torch; print(torch.cuda.device_count())")}
@@ -22,7 +22,7 @@ bound() {
   mv "$OUT/bounded-$1/bounded.json" "$OUT/bounded-$1/rope.json"
 }
 tune() { all finetune.py --data "$BOOKS/train" --lr "${LR:-1e-4}" --steps 400 --save-every 100 --resume "$@"; }
-RUN=$OUT/${RUN:-lr-${LR:-1e-4}}
+RUN=$OUT/${RUN:-tuned}
 texts=(--doc-tokens 524288 --data "$BOOKS/test")  # each length in windows one after another: the same tokens
 to64=(--len 8192 16384 32768 65536) to128=(--len 2048 4096 8192 16384 32768 65536 131072)
 
@@ -67,7 +67,7 @@ for stage in "$@"; do
       search --model "$MODEL" --init "$OUT/bounded-128k/rope.json" --short --len 16384 --n-hat 0 --samples 8 \
         --data "$BOOKS/search" --out "$OUT/short-128k"
       tune --model "$MODEL" --rope "$OUT/short-128k/rope.json" --len 131072 --batch-size 1 \
-        --mix 131072 8192 8192 16384 32768 65536 --out "$RUN/model" ;;
+        --mix 131072 131072 131072 8192 8192 8192 8192 8192 16384 16384 32768 65536 --out "$RUN/model" ;;
     control)  # the same steps, tokens and text, within the window
       [ -e "$OUT/train-whole" ] || python3 tests/experiments/whole_segments.py --model "$MODEL" --data "$BOOKS/train" \
         --len 131072 --out "$OUT/train-whole"
@@ -95,6 +95,12 @@ for stage in "$@"; do
       at=(--model "$RUN/model" --trials 3)
       all eval_passkey.py --rope "$RUN/recovered/rope.json" "${to128[@]}" "${at[@]}" --out "$RUN/passkey"
       all eval_passkey.py --rope model --len 2048 4096 8192 16384 "${at[@]}" --out "$RUN/passkey-model" ;;
+    generate)  # pass keys by the paper's own scoring
+      key() { all eval_passkey.py --trials 3 --generate "$@"; }
+      key --model "$MODEL" --rope none --len 2048 4096 8192 --out "$OUT/generate-original"
+      key --model "$MODEL" --rope yarn "$OUT/variants/yarn-su.json" "$OUT"/{search,bounded}-64k/rope.json --len 65536 \
+        --out "$OUT/generate-64k"
+      key --model "$RUN/model" --rope "$RUN/recovered/rope.json" "${to128[@]}" --out "$RUN/generate" ;;
     words)  # short texts, so the short set, to which transformers gives the long set's attention factor
       python3 tests/experiments/last_word.py --data "$BOOKS/test" --out "$OUT/last-word"
       for model in "$MODEL" "$RUN"/{model,model-final,control}; do

@@ -13,7 +13,7 @@ import numpy as np
 from progressive_plot import keys_found, plt, rows
 
 LENGTHS = {"64k": (65536, "#0072B2"), "128k": (131072, "#D55E00")}
-TUNED = "lr-1e-4"  # below results
+TUNED = "tuned"  # below results
 CURVES = (  # label, directories ({} is ppl or passkey), rope, style
     ("as trained", "{}-original", "none", "#999999", "-"),
     ("YaRN", "{}-64k", "yarn", "#E69F00", "-"),

@@ -631,9 +631,9 @@ def parser():
                    "with --short and no --export: search, since Hugging Face has but one for both sets)")
     p.add_argument("--slow-least", type=float, metavar="R",
                    help="no factor below R s, R up to 1.25, for the slow pairs of the long set, those that make no "
-                   "full turn within the window (LongRoPE2: R = 1; 1.19 did well here). Until it is fine-tuned the "
-                   "model then finds more pass keys near --len and fewer well below it. With --init s and window are "
-                   "those of the second stage (default: no such bound, as in the paper)")
+                   "full turn within the window (LongRoPE2: R = 1; 1.19 did well here). The model then finds more pass "
+                   "keys near --len and fewer well below it. With --init s and window are those of the second stage "
+                   "(default: no such bound, as in the paper)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the answer where a pass key is hidden near their start "
                    "and asked for at their end (without --data in the pass-key protocol's own sentences) "
@@ -643,7 +643,8 @@ def parser():
                    "within this search's bounds, and mutants of them are first individuals; its attention factor "
                    "is used only with --attention-factor search")
     p.add_argument("--init", type=Path, metavar="ROPE",
-                   help="rope.json of a fine-tuned model: search a second stage, to be multiplied onto its factors")
+                   help="rope.json of a fine-tuned model: search a second stage, to be multiplied onto its factors "
+                   "(with --short: of any model that has a long set)")
     p.add_argument("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     p.add_argument("--screening", type=int, default=64, metavar="N",
                    help="make N times as many mutants and children and evaluate those that a Gaussian process on all "

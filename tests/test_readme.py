@@ -1,0 +1,43 @@
+"""The README's commands take options that the scripts have, its links lead somewhere and its line counts are true."""
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = "search|finetune|eval_ppl|eval_passkey"
+
+
+def commands(text):
+    """(script, arguments) of every command of one of the four scripts, in code blocks and between backticks."""
+    for code in re.findall(r"`([^`\n]+)`|^    (.+)$|^(python.+)$", text, re.MULTILINE):
+        for script, arguments in re.findall(rf"(?:python|torchrun) (?:[^&]* )?({SCRIPTS})\.py([^&]*)", "".join(code)):
+            yield script, arguments.replace("--seed N", "--seed 0")
+
+
+@pytest.mark.parametrize(("script", "arguments"), sorted(set(commands(README))))
+def test_a_command_has_only_options_that_there_are(script, arguments):
+    import_module(script).parser().parse_args(shlex.split(arguments, comments=True))
+
+
+def test_the_commands_are_found():
+    text = "`python search.py`, `torchrun x finetune.py --len 4`\n\n    python eval_ppl.py --len 1  # so\n"
+    assert list(commands(text)) == [("search", ""), ("finetune", " --len 4"), ("eval_ppl", " --len 1  # so")]
+    assert len(set(commands(README))) > 30
+
+
+def test_links_lead_to_a_file_or_a_heading():
+    headings = [h.lower() for h in re.findall(r"^#+ (.+)$", README, re.MULTILINE)]
+    headings = {re.sub(r"[^\w -]", "", h).replace(" ", "-") for h in headings}
+    for link in re.findall(r"\]\(([^)\s]+)\)", README):
+        if not link.startswith("http"):
+            assert link[1:] in headings if link[0] == "#" else (ROOT / link).exists(), link
+
+
+def test_the_table_of_files_has_their_lines():
+    rows = re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", README, re.MULTILINE)
+    names = [f"{name}.py" for name in ("longrope", *SCRIPTS.split("|"))]
+    assert rows == [(name, str(len((ROOT / name).read_text().splitlines()))) for name in names]

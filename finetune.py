@@ -4,8 +4,9 @@
     $ torchrun --nproc-per-node 8 finetune.py --model DIR --rope rope.json --len 131072 --data books/ --recipe llama2
 
 Under torchrun the model is sharded over all processes (FSDP2), on CPUs too; --context-parallel 4 spreads every sequence
-over 4 of them. --resume goes on from the last checkpoint, on any number of processes. The result, in --out, is a
-Hugging Face directory with rope.json beside; log.jsonl has a line a step.
+over 4 of them. Ctrl-C, or a scheduler's SIGTERM, ends the step in flight in a checkpoint; --resume goes on from the
+last one, on any number of processes. The result, in --out, is a Hugging Face directory with rope.json beside; log.jsonl
+has a line a step.
 """
 import argparse
 import functools
@@ -16,8 +17,11 @@ import os
 import random
 import resource
 import shutil
+import signal
+import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -239,8 +243,27 @@ def learning_rate(step, steps, peak, warmup, schedule):
     return peak * {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[schedule]
 
 
-def train(model, data, device, args, out, identity):
-    """The training loop: fp32 master weights, bf16 compute on a GPU. `data` (N, T) segments."""
+@contextmanager
+def asked_to_stop():
+    """Gives out a list, empty until Ctrl-C or SIGTERM. A second one stops at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        say("stopping: the step in flight ends in a checkpoint; once more to stop at once")
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(model, data, device, args, out, identity, asked):
+    """The training loop: fp32 master weights, bf16 compute on a GPU. `data` (N, T) segments. Returns how many steps are
+    done, fewer than --steps only if `asked` was no longer empty after one; that step then has a checkpoint."""
     compute_dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model.requires_grad_(True).train()
     if args.checkpointing:
@@ -277,17 +300,23 @@ def train(model, data, device, args, out, identity):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        stop = torch.tensor(len(asked), device=device)  # of any process
         if dist.is_initialized():
             dist.all_reduce(total)
+            dist.all_reduce(stop)
             norm = norm.full_tensor()
         line = {"step": step, "len": length, "loss": total.item(), "lr": lr, "grad_norm": norm.item()}
         line |= speed(args.batch_size * args.len, flops, time.perf_counter() - begun, device)
         log.write(json.dumps(line) + "\n")
         log.flush()
         bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "len", "lr")})
-        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+        if (stop or (step + 1) % args.save_every == 0) and step + 1 < args.steps:
             save_checkpoint(out, model, optimizer, step + 1, identity)
+            if stop:
+                break
+    bar.close()
     log.close()
+    return step + 1
 
 
 def speed(tokens, flops, seconds, device):
@@ -514,7 +543,12 @@ def main(argv=None):
     barrier()
     begun = time.perf_counter()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is well
-    train(model, data, device, args, out, identity)
+    with asked_to_stop() as asked:
+        done = train(model, data, device, args, out, identity, asked)
+    if done < args.steps:
+        say(f"stopped after {done} steps; the same command with --resume goes on")
+        barrier()
+        sys.exit(1)
     state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         model.rope = rope

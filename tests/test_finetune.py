@@ -196,6 +196,17 @@ def test_the_result_loads_in_transformers_and_has_learned(finetuned, tiny, input
     assert learned < 0.7 * before
 
 
+def signalling(last, *numbers):
+    """batch_of, with these signals to this process in step `last`."""
+    batch_of = finetune.batch_of
+
+    def signalled(data, step, *rest):
+        for number in numbers * (step == last):
+            os.kill(os.getpid(), number)
+        return batch_of(data, step, *rest)
+    return signalled
+
+
 def train_until(arguments, last):
     """finetune.py, killed without warning at the beginning of step `last`."""
     batch_of = finetune.batch_of
@@ -227,6 +238,33 @@ def test_a_run_killed_three_times_has_the_losses_of_the_undisturbed_run(finetune
     assert losses(tmp_path) == losses(finetuned[1])
     one, two = (load_model(out, device="cpu").state_dict() for out in (finetuned[1], tmp_path))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_in_flight_in_a_checkpoint(
+        finetuned, tiny, inputs, tmp_path, capsys, monkeypatch, number):
+    arguments, handler = [*command(tiny, inputs, tmp_path), "--device", "cpu", "--resume"], signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(finetune, "batch_of", signalling(5, number))
+        finetune.main(arguments)
+    assert ended.value.code == 1 and "stopped after 6 steps" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-6"] and len(losses(tmp_path)) == 6
+    finetune.main(arguments)
+    assert "resumed at step 6" in capsys.readouterr().out and losses(tmp_path) == losses(finetuned[1])
+    assert signal.getsignal(number) == handler
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "batch_of", signalling(5, signal.SIGINT, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"])
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-4"]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(finetuned, tiny, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "batch_of", signalling(STEPS - 1, signal.SIGTERM))
+    finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"])
+    assert losses(tmp_path) == losses(finetuned[1]) and not list(tmp_path.glob("checkpoint*"))
 
 
 class Stop(Exception):

@@ -41,13 +41,15 @@ def spawn(count, work, *arguments, code=0):
     assert [p.exitcode for p in started] == [code] * count
 
 
-def train(arguments, kill_at=None):
-    """finetune.py, killed without warning at the beginning of step `kill_at`."""
+def train(arguments, at=None, number=signal.SIGKILL, to=(0, 1)):
+    """finetune.py, with a signal to the processes `to` at the beginning of step `at`, which is fatal by default."""
     batch_of = finetune.batch_of
 
-    def deadly(data, step, *rest):
-        return os.kill(os.getpid(), signal.SIGKILL) if step == kill_at else batch_of(data, step, *rest)
-    finetune.batch_of = deadly
+    def signalled(data, step, *rest):
+        if step == at and longrope.rank() in to:
+            os.kill(os.getpid(), number)
+        return batch_of(data, step, *rest)
+    finetune.batch_of = signalled
     run(lambda: finetune.main(arguments))
 
 
@@ -217,6 +219,14 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tiny, inputs, tmp
     spawn(after, train, [*arguments, "--resume"])
     assert_same_run(tmp_path, alone)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tiny, inputs, tmp_path, alone):
+    arguments = command(tiny, inputs, tmp_path)
+    spawn(2, train, arguments, 2, signal.SIGTERM, (1,), code=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    spawn(2, train, [*arguments, "--resume"])
+    assert_same_run(tmp_path, alone)
 
 
 def test_torchrun_ends_cleanly(tiny, inputs, tmp_path, alone):

@@ -416,6 +416,12 @@ def plot_loss(log, path):
 # Command line
 
 
+def lengths(entry):
+    """An entry of --mix: "8192" -> [8192], "8192:3" -> [8192, 8192, 8192]."""
+    length, _, times = entry.partition(":")
+    return [int(length)] * int(times or 1)
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(p)
@@ -423,10 +429,10 @@ def parser():
                    "model's directory says; for the bundled model out/search-LEN/rope.json or else, at 8 times its "
                    "window, assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
-    p.add_argument("--mix", type=int, nargs="+", default=[], metavar="LEN",
+    p.add_argument("--mix", type=lengths, nargs="+", default=[], metavar="LEN[:TIMES]",
                    help="each step is of whole segments or of as many tokens in pieces of one of these lengths, which "
-                   "must divide --len, from anywhere in the data; whole and each length are equally likely, a length "
-                   "given twice counts double. Pieces that the short set serves, those within the original window as "
+                   "must divide --len, from anywhere in the data; whole and each length are equally likely, 8192:5 "
+                   "is five times as likely. Pieces that the short set serves, those within the original window as "
                    "a rule, are trained under it, so that the window is not forgotten (LongRoPE2's mixed context "
                    "window training) (default: all are left whole)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
@@ -463,6 +469,7 @@ def complete(args, model, device):
     args.batch_size = args.batch_size if args.batch_size is not None else 1 if device.type == "cpu" else 32
     args.warmup = min(20, args.steps // 4) if args.warmup is None else args.warmup
     args.out = args.out or Path(f"out/finetune-{args.len}")
+    args.mix = [length for entry in args.mix for length in entry]
     if args.context_parallel is None:
         args.context_parallel = world_size() // math.gcd(world_size(), max(1, args.batch_size))
     for name in ("steps", "batch_size", "micro_batch_size", "context_parallel", "save_every"):

@@ -377,13 +377,13 @@ def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_windo
                    short_max_length=WINDOW)
     rope.save(tmp_path / "rope.json")
     finetune.main([*command(tiny, inputs, tmp_path / "out"), "--device", "cpu", "--rope", str(tmp_path / "rope.json"),
-                   "--lr", "0", "--mix", str(WINDOW), str(WINDOW // 2)])
+                   "--lr", "0", "--mix", f"{WINDOW}:2", str(WINDOW // 2)])
     assert f"{LENGTH} tokens, whole or cut to {WINDOW} or {WINDOW // 2}, of" in capsys.readouterr().out
     data = cut(read_documents([inputs / "text.txt"]), load_tokenizer(tiny), LENGTH)
     log, model = read_lines(tmp_path / "out" / "log.jsonl"), load_model(tiny, rope, device="cpu")
     assert {line["len"] for line in log} == {LENGTH, WINDOW, WINDOW // 2}
     for line in log:
-        pieces = batch_of(data, line["step"], 4, 0, (WINDOW, WINDOW // 2))
+        pieces = batch_of(data, line["step"], 4, 0, (WINDOW, WINDOW, WINDOW // 2))
         assert pieces.shape == (4 * LENGTH // line["len"], line["len"])
         assert (pieces[:, 0] == BOS).all() and (pieces[:, -1] == EOS).all()
         logits = model(pieces)  # long or short by the pieces' length

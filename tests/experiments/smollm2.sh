@@ -67,7 +67,7 @@ for stage in "$@"; do
       search --model "$MODEL" --init "$OUT/bounded-128k/rope.json" --short --len 16384 --n-hat 0 --samples 8 \
         --data "$BOOKS/search" --out "$OUT/short-128k"
       tune --model "$MODEL" --rope "$OUT/short-128k/rope.json" --len 131072 --batch-size 1 \
-        --mix 131072 131072 131072 8192 8192 8192 8192 8192 16384 16384 32768 65536 --out "$RUN/model" ;;
+        --mix 131072:3 8192:5 16384:2 32768 65536 --out "$RUN/model" ;;
     control)  # the same steps, tokens and text, within the window
       [ -e "$OUT/train-whole" ] || python3 tests/experiments/whole_segments.py --model "$MODEL" --data "$BOOKS/train" \
         --len 131072 --out "$OUT/train-whole"

@@ -4,8 +4,9 @@
 
 Writes, each for the length that the search was for, {pi,ntk,yarn}-su.json: cos and sin multiplied by
 sqrt(1 + ln s / ln L0) in place of the methods' own factor; lambda.json: n_hat 0 and no multiplier;
-lambda-n_hat.json: no multiplier; long.json: the long set at every length; with --least NUMBER bounded.json: no factor
-below NUMBER where a pair makes no full turn within the original window (LongRoPE2, arXiv 2502.20082, wants at least s).
+lambda-n_hat.json: no multiplier; long.json: the long set at every length. With --least NUMBER bounded.json alone: no
+factor below NUMBER where a pair makes no full turn within the original window (LongRoPE2, arXiv 2502.20082, wants at
+least s). With --times NUMBER ... NUMBER.json alone: the attention factors of both sets NUMBER times as large.
 """
 import argparse
 import sys
@@ -21,6 +22,7 @@ def main():
     p.add_argument("--model", required=True, help="the model that was searched for")
     p.add_argument("--rope", type=Path, required=True, help="rope.json of a search")
     p.add_argument("--least", type=float, help="of the factors of pairs that make no full turn within the window")
+    p.add_argument("--times", type=float, nargs="+", help="of the attention factors")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     model = load_model(args.model, args.rope, device="meta")
@@ -30,6 +32,12 @@ def main():
         bounded = [max(factor, args.least) if times < 1 else factor
                    for factor, times in zip(found.rescale_factors, turns)]
         replace(found, rescale_factors=tuple(bounded)).save(args.out / "bounded.json")
+        return
+    for times in args.times or ():
+        sharper = replace(found, attention_factor=times * found.attention_factor, short=found.short and replace(
+            found.short, attention_factor=times * found.short.attention_factor))
+        sharper.save(args.out / f"{times}.json")
+    if args.times:
         return
     short = {"short": found.short, "short_max_length": found.short_max_length}
     for name in ("pi", "ntk", "yarn"):

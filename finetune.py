@@ -4,9 +4,9 @@
     $ torchrun --nproc-per-node 8 finetune.py --model DIR --rope rope.json --len 131072 --data books/ --recipe llama2
 
 Under torchrun the model is sharded over all processes (FSDP2), on CPUs too; --context-parallel 4 spreads every sequence
-over 4 of them. Ctrl-C, or a scheduler's SIGTERM, ends the step in flight in a checkpoint; --resume goes on from the
-last one, on any number of processes. The result, in --out, is a Hugging Face directory with rope.json beside; log.jsonl
-has a line a step.
+over 4 of them. Ctrl-C, or a scheduler's SIGTERM, lets the step in flight end and writes a checkpoint; --resume goes on
+from the last one, on any number of processes. The result, in --out, is a Hugging Face directory with rope.json beside;
+log.jsonl has a line a step.
 """
 import argparse
 import functools
@@ -15,13 +15,14 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,7 @@ RECIPES = {  # of the paper, section 4.1; None: a short run, of a size for the m
     "llama2": {"lr": 2e-5, "schedule": "linear", "steps": 400, "batch_size": 32},
     "mistral": {"lr": 1e-6, "schedule": "constant", "steps": 400, "batch_size": 64, "len": 16384},
 }
-REMEDY = "lower --len or --micro-batch-size, set --checkpointing, or use more processes"  # out of memory
+REMEDY = "lower --len or --micro-batch-size, set --checkpointing, or raise --context-parallel"  # out of memory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,15 +246,20 @@ def learning_rate(step, steps, peak, warmup, schedule):
 
 @contextmanager
 def asked_to_stop():
-    """Gives out a list, empty until Ctrl-C or SIGTERM. A second one stops at once."""
+    """Gives out a list, empty until Ctrl-C or SIGTERM, which then only adds to it; a second Ctrl-C stops at once."""
     asked = []
 
     def ask(number, frame):
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not asked and rank() == 0:
+            with suppress(OSError):  # of a pipe that Ctrl-C closed, too
+                os.write(2, b"\nstopping when this step is done, with a checkpoint; Ctrl-C again stops at once\n")
         asked.append(number)
-        say("stopping: the step in flight ends in a checkpoint; once more to stop at once")
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield asked
     finally:
@@ -309,13 +315,14 @@ def train(model, data, device, args, out, identity, asked):
         line |= speed(args.batch_size * args.len, flops, time.perf_counter() - begun, device)
         log.write(json.dumps(line) + "\n")
         log.flush()
-        bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "len", "lr")})
         if (stop or (step + 1) % args.save_every == 0) and step + 1 < args.steps:
             save_checkpoint(out, model, optimizer, step + 1, identity)
-            if stop:
-                break
-    bar.close()
+        if stop:
+            break
+        bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "len", "lr")})
     log.close()
+    with suppress(OSError):
+        bar.close()
     return step + 1
 
 
@@ -416,10 +423,11 @@ def plot_loss(log, path):
 # Command line
 
 
-def lengths(entry):
+def mixed(entry):
     """An entry of --mix: "8192" -> [8192], "8192:3" -> [8192, 8192, 8192]."""
-    length, _, times = entry.partition(":")
-    return [int(length)] * int(times or 1)
+    if not (found := re.fullmatch(r"(\d+)(?::([1-9]\d*))?", entry)):
+        raise argparse.ArgumentTypeError(f"{entry} is no LEN or LEN:TIMES")
+    return [int(found[1])] * int(found[2] or 1)
 
 
 def parser():
@@ -429,12 +437,12 @@ def parser():
                    "model's directory says; for the bundled model out/search-LEN/rope.json or else, at 8 times its "
                    "window, assets/rope.json)")
     p.add_argument("--len", type=int, help="tokens in a segment (default: 8 times the model's window)")
-    p.add_argument("--mix", type=lengths, nargs="+", default=[], metavar="LEN[:TIMES]",
+    p.add_argument("--mix", type=mixed, nargs="+", default=[], metavar="LEN[:TIMES]",
                    help="each step is of whole segments or of as many tokens in pieces of one of these lengths, which "
-                   "must divide --len, from anywhere in the data; whole and each length are equally likely, 8192:5 "
-                   "is five times as likely. Pieces that the short set serves, those within the original window as "
-                   "a rule, are trained under it, so that the window is not forgotten (LongRoPE2's mixed context "
-                   "window training) (default: all are left whole)")
+                   "must divide --len, from anywhere in the data; whole and each length count once, 8192:5 five "
+                   "times, and that is how likely they are. Pieces that the short set serves, those within the "
+                   "original window as a rule, are trained under it, so that the window is not forgotten (LongRoPE2's "
+                   "mixed context window training) (default: all are left whole)")
     p.add_argument("--recipe", choices=["llama2", "mistral"],
                    help="the paper's values: lr 2e-5 with linear decay, batch 32, 400 steps | lr 1e-6 constant, "
                    "batch 64, 400 steps, segments of 16384 tokens under the long factors; other flags override them")
@@ -552,22 +560,24 @@ def main(argv=None):
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process is well
     with asked_to_stop() as asked:
         done = train(model, data, device, args, out, identity, asked)
-    if done < args.steps:
-        say(f"stopped after {done} steps; the same command with --resume goes on")
+        if done < args.steps:
+            with suppress(OSError):
+                say(f"stopped at step {done}; the same command with --resume goes on")
+            barrier()
+            sys.exit(1)
+        whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = states.get_model_state_dict(model, options=whole)
+        if rank() == 0:
+            model.rope = rope
+            save_model(model, out, state=state)
+            plot_loss(out / "log.jsonl", out / "loss.png")
+            write_json(out / "run.json", {"arguments": {k: str(v) for k, v in vars(args).items()}, "setup": identity,
+                                          "segments": len(data), "processes": world_size(),
+                                          "seconds": round(time.perf_counter() - begun, 1), **versions()})
+            for path in out.glob("checkpoint-*"):
+                shutil.rmtree(path)
+            say(f"wrote {out}")
         barrier()
-        sys.exit(1)
-    state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank() == 0:
-        model.rope = rope
-        save_model(model, out, state=state)
-        plot_loss(out / "log.jsonl", out / "loss.png")
-        write_json(out / "run.json", {"arguments": {k: str(v) for k, v in vars(args).items()}, "setup": identity,
-                                      "segments": len(data), "processes": world_size(),
-                                      "seconds": round(time.perf_counter() - begun, 1), **versions()})
-        for path in out.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        say(f"wrote {out}")
-    barrier()
 
 
 if __name__ == "__main__":

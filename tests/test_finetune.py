@@ -207,13 +207,25 @@ def signalling(last, *numbers):
     return signalled
 
 
+def stopped_without_a_terminal(arguments):
+    """finetune.py, whose stdout and stderr are pipes that nobody reads, stopped in step 5."""
+    batch_of = signalling(5, signal.SIGINT)
+
+    def closing(data, step, *rest):
+        if step == 5:
+            for number in (1, 2):
+                os.dup2(pipe, number)
+        return batch_of(data, step, *rest)
+    read, pipe = os.pipe()
+    os.close(read)
+    finetune.batch_of = closing
+    torch.set_num_threads(1)
+    finetune.main([*arguments, "--device", "cpu"])
+
+
 def train_until(arguments, last):
     """finetune.py, killed without warning at the beginning of step `last`."""
-    batch_of = finetune.batch_of
-
-    def deadly(data, step, *rest):
-        return os.kill(os.getpid(), signal.SIGKILL) if step == last else batch_of(data, step, *rest)
-    finetune.batch_of = deadly
+    finetune.batch_of = signalling(last, signal.SIGKILL)
     torch.set_num_threads(1)
     finetune.main(arguments)
 
@@ -240,18 +252,19 @@ def test_a_run_killed_three_times_has_the_losses_of_the_undisturbed_run(finetune
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_in_flight_in_a_checkpoint(
-        finetuned, tiny, inputs, tmp_path, capsys, monkeypatch, number):
-    arguments, handler = [*command(tiny, inputs, tmp_path), "--device", "cpu", "--resume"], signal.getsignal(number)
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM] * 2, [signal.SIGINT, signal.SIGTERM]])
+def test_a_signal_ends_the_run_in_a_checkpoint_after_the_step(
+        finetuned, tiny, inputs, tmp_path, capfd, monkeypatch, numbers):
+    arguments, handler = [*command(tiny, inputs, tmp_path), "--device", "cpu", "--resume"], signal.getsignal(numbers[0])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(finetune, "batch_of", signalling(5, number))
+        patch.setattr(finetune, "batch_of", signalling(5, *numbers))
         finetune.main(arguments)
-    assert ended.value.code == 1 and "stopped after 6 steps" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert ended.value.code == 1 and "stopped at step 6" in said.out and said.err.count("stopping when") == 1
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-6"] and len(losses(tmp_path)) == 6
     finetune.main(arguments)
-    assert "resumed at step 6" in capsys.readouterr().out and losses(tmp_path) == losses(finetuned[1])
-    assert signal.getsignal(number) == handler
+    assert "resumed at step 6" in capfd.readouterr().out and losses(tmp_path) == losses(finetuned[1])
+    assert signal.getsignal(numbers[0]) == handler
 
 
 def test_a_second_ctrl_c_stops_at_once(tiny, inputs, tmp_path, monkeypatch):
@@ -261,10 +274,25 @@ def test_a_second_ctrl_c_stops_at_once(tiny, inputs, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-4"]
 
 
-def test_a_signal_in_the_last_step_changes_nothing(finetuned, tiny, inputs, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_or_while_the_result_is_written_changes_nothing(
+        finetuned, tiny, inputs, tmp_path, monkeypatch):
+    def save_model(*arguments, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments, **more)
+    save = finetune.save_model
+    monkeypatch.setattr(finetune, "save_model", save_model)
     monkeypatch.setattr(finetune, "batch_of", signalling(STEPS - 1, signal.SIGTERM))
     finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"])
     assert losses(tmp_path) == losses(finetuned[1]) and not list(tmp_path.glob("checkpoint*"))
+    assert (tmp_path / "run.json").exists() and (tmp_path / "model.safetensors").exists()
+
+
+def test_a_checkpoint_is_written_where_ctrl_c_closed_the_terminals_pipe(tiny, inputs, tmp_path):
+    """As with | tee, which Ctrl-C ends first."""
+    process = processes.Process(target=stopped_without_a_terminal, args=(command(tiny, inputs, tmp_path),))
+    process.start()
+    process.join(100)
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-6"]
 
 
 class Stop(Exception):
@@ -536,6 +564,13 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, inputs, tmp_path, capsys, changes, said):
     assert said in complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), *changes)
+
+
+@pytest.mark.parametrize("entry", ["64:x", "64:0", "64:-1", "64:", ":3", "-64"])
+def test_an_entry_of_mix_that_makes_no_sense_is_refused(capsys, entry):
+    with pytest.raises(SystemExit) as ended:
+        finetune.parser().parse_args([f"--mix={entry}"])
+    assert ended.value.code == 2 and f"{entry} is no LEN or LEN:TIMES" in capsys.readouterr().err
 
 
 def test_a_rope_json_for_another_head_dim_is_one_line_and_exit_code_2(tiny, inputs, tmp_path):

@@ -38,6 +38,8 @@ def spawn(count, work, *arguments, code=0):
         p.start()
     for p in started:
         p.join(100)
+        p.kill()  # where it hangs
+        p.join()
     assert [p.exitcode for p in started] == [code] * count
 
 

@@ -116,7 +116,7 @@ def train(model, data, out, steps, batch_size, lr, schedule):
     finetune.main(["--model", str(model), "--len", str(WINDOW + 1), "--data", str(data), "--rope", "none",
                    "--steps", str(steps), "--lr", lr, "--schedule", schedule, "--warmup", str(min(50, steps // 4)),
                    "--weight-decay", "0.1", "--batch-size", str(batch_size), "--micro-batch-size", str(batch_size),
-                   "--save-every", str(steps), "--out", str(out)])
+                   "--save-every", str(steps), "--resume", "--out", str(out)])
 
 
 def main():

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ from longrope import (
     run,
     save_model,
     say,
+    spread,
     token_nll,
     use_attention,
     utilisation,
@@ -256,15 +257,11 @@ def asked_to_stop():
             with suppress(OSError):  # of a pipe that Ctrl-C closed, too
                 os.write(2, b"\nstopping when this step is done, with a checkpoint; Ctrl-C again stops at once\n")
         asked.append(number)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with ExitStack() as restore:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                restore.callback(signal.signal, number, signal.signal(number, ask))
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(model, data, device, args, out, identity, asked):
@@ -321,8 +318,6 @@ def train(model, data, device, args, out, identity, asked):
             break
         bar.set_postfix({k: f"{line[k]:.4g}" for k in line if k not in ("step", "len", "lr")})
     log.close()
-    with suppress(OSError):
-        bar.close()
     return step + 1
 
 
@@ -417,6 +412,14 @@ def plot_loss(log, path):
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     plt.close(fig)
+
+
+def save_gathered(model, out):
+    """The Hugging Face directory of a model that may be sharded, written by the first process."""
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = states.get_model_state_dict(model, options=whole)
+    if rank() == 0:
+        save_model(model, out, state=state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,11 +549,8 @@ def main(argv=None):
     read = partial(read_documents, args.data, 5 * args.len)
     data, source = tokenised(read, tokenizer, args.len, bos, eos, out)
     say(f"{len(data)} segments")
-    weights = [weights_hash(model) if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(weights)
-    identity = {"model": weights[0], "data": source,
-                "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest()}
+    identity = {"model": spread(weights_hash, [model])[0],  # the first process has the weights
+                "data": source, "rope": hashlib.sha256(repr(model.rope).encode()).hexdigest()}
     identity |= {key: getattr(args, key) for key in ("len", "mix", "seed", "batch_size", "steps", "lr", "schedule",
                                                      "warmup", "clip", "weight_decay", "dtype")}
     if is_over(out, args.resume, identity):
@@ -565,11 +565,9 @@ def main(argv=None):
                 say(f"stopped at step {done}; the same command with --resume goes on")
             barrier()
             sys.exit(1)
-        whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = states.get_model_state_dict(model, options=whole)
+        model.rope = rope
+        save_gathered(model, out)
         if rank() == 0:
-            model.rope = rope
-            save_model(model, out, state=state)
             plot_loss(out / "log.jsonl", out / "loss.png")
             write_json(out / "run.json", {"arguments": {k: str(v) for k, v in vars(args).items()}, "setup": identity,
                                           "segments": len(data), "processes": world_size(),

@@ -33,11 +33,11 @@ def main():
                    for factor, times in zip(found.rescale_factors, turns)]
         replace(found, rescale_factors=tuple(bounded)).save(args.out / "bounded.json")
         return
-    for times in args.times or ():
-        sharper = replace(found, attention_factor=times * found.attention_factor, short=found.short and replace(
-            found.short, attention_factor=times * found.short.attention_factor))
-        sharper.save(args.out / f"{times}.json")
     if args.times:
+        for times in args.times:
+            short = found.short and replace(found.short, attention_factor=times * found.short.attention_factor)
+            scaled = replace(found, attention_factor=times * found.attention_factor, short=short)
+            scaled.save(args.out / f"{times}.json")
         return
     short = {"short": found.short, "short_max_length": found.short_max_length}
     for name in ("pi", "ntk", "yarn"):

@@ -18,6 +18,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+import finetune
 import longrope
 
 # Processes are forked off one that has imported this and no more: quick, and clean of what pytest's own has running.
@@ -92,6 +93,17 @@ def random_factors(seed, largest, pairs=HEAD_DIM // 2):
     """Non-decreasing multiples of 0.01 from 1 to `largest`."""
     rng = random.Random(seed)
     return tuple(sorted(rng.randint(100, round(100 * largest)) / 100 for _ in range(pairs)))
+
+
+def signalling(last, *numbers, ranks=range(8)):
+    """finetune.batch_of, with these signals in step `last` to this process, if it is one of `ranks`."""
+    batch_of = finetune.batch_of
+
+    def signalled(data, step, *rest):
+        for number in numbers * (step == last and longrope.rank() in ranks):
+            os.kill(os.getpid(), number)
+        return batch_of(data, step, *rest)
+    return signalled
 
 
 def run_script(name, *arguments):

@@ -23,6 +23,7 @@ from conftest import (
     read_lines,
     run_script,
     save_tiny,
+    signalling,
 )
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,17 +195,6 @@ def test_the_result_loads_in_transformers_and_has_learned(finetuned, tiny, input
         learned = hf(ids, labels=ids).loss.item()
         before = AutoModelForCausalLM.from_pretrained(tiny).eval()(ids, labels=ids).loss.item()
     assert learned < 0.7 * before
-
-
-def signalling(last, *numbers):
-    """batch_of, with these signals to this process in step `last`."""
-    batch_of = finetune.batch_of
-
-    def signalled(data, step, *rest):
-        for number in numbers * (step == last):
-            os.kill(os.getpid(), number)
-        return batch_of(data, step, *rest)
-    return signalled
 
 
 def stopped_without_a_terminal(arguments):

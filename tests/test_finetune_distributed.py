@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, WINDOW, processes, prose, random_factors, random_tokens, read_lines, save_tiny
+from conftest import ROOT, WINDOW, processes, prose, random_factors, random_tokens, read_lines, save_tiny, signalling
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -38,20 +38,15 @@ def spawn(count, work, *arguments, code=0):
         p.start()
     for p in started:
         p.join(100)
-        p.kill()  # where it hangs
-        p.join()
-    assert [p.exitcode for p in started] == [code] * count
+    ended = [p.exitcode for p in started]  # None where it hangs
+    for p in started:
+        p.kill()
+    assert ended == [code] * count
 
 
 def train(arguments, at=None, number=signal.SIGKILL, to=(0, 1)):
     """finetune.py, with a signal to the processes `to` at the beginning of step `at`, which is fatal by default."""
-    batch_of = finetune.batch_of
-
-    def signalled(data, step, *rest):
-        if step == at and longrope.rank() in to:
-            os.kill(os.getpid(), number)
-        return batch_of(data, step, *rest)
-    finetune.batch_of = signalled
+    finetune.batch_of = signalling(at, number, ranks=to)
     run(lambda: finetune.main(arguments))
 
 

@@ -2,11 +2,10 @@
 import re
 import shlex
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = "search|finetune|eval_ppl|eval_passkey"
 

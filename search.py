@@ -415,23 +415,20 @@ def extension(args, model, init, start):
                       base.attention_factor) for name, rope in named.items()}
     relative = {name: replace(rope, rescale_factors=tuple(np.divide(rope.rescale_factors, base.rescale_factors)))
                 for name, rope in start.items()}
-    slow = base.turns(window) < 1  # (D/2,)
-    smallest = np.maximum.accumulate(np.where(slow, max(1.0, round((args.slow_least or 0) * scale, 2)), 1.0))
-    if args.slow_least and smallest.max() == 1:
-        raise UserError(f"--slow-least {args.slow_least:g} bounds nothing: " + (
-            f"{args.slow_least:g} s is no more than 1" if slow.any() else
-            f"every pair makes a full turn within the window of {window} tokens"))
+    smallest = least_factors(args, base, window, scale)
     starts, space = into_space(args, relative | named, base.n_hat, scale, attention, attention_range, smallest)
     return starts, space, make_rope, compared
 
 
 def recovery(args, model, init, start):
     """The short set of --init, which a model fine-tuned for a longer window takes up to --len tokens. lambda goes up to
-    min(s, 5), with the same margin as elsewhere, or as far as the factors that the model was trained with."""
+    min(s, 5), with the same margin as elsewhere, or as far as --len is beyond the window or as the factors that the
+    model was trained with."""
     trained, window = model.config.rope.trained, round(init.scale * model.window)
     if args.len >= window:
         raise UserError(f"--short --len {args.len}: the long set would never be used, it is for {window} tokens")
-    scale = max(min(init.scale, 5.0), *trained.rescale_factors)  # Llama 3.1's own factors reach 8
+    beyond = args.len / model.window
+    scale = max(min(init.scale, 5.0), beyond, *trained.rescale_factors)  # Llama 3.1's own factors reach 8
     attention, attention_range = attention_factors(args, init.scale, model.window)
 
     def with_short(short):
@@ -440,15 +437,27 @@ def recovery(args, model, init, start):
     def make_rope(individual):
         return with_short(Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
                                individual.attention_factor))
-    beyond = args.len / model.window
     if beyond > 1 and args.attention_factor == "search":  # a short set for more than the window: begin as for so much
         attention = round(su_factor(beyond, model.window), 2)
     named = formulas(model, model.window, beyond if beyond > 1 else scale)
     starts, space = into_space(args, start | {"none": trained, "long": init} | named, init.n_hat, scale, attention,
-                               attention_range, np.ones(model.config.head_dim // 2))
+                               attention_range, least_factors(args, trained, model.window, beyond))
     # in what is exported transformers gives the long set's attention factor to plain RoPE, too
     plain = replace(trained, attention_factor=init.attention_factor) if args.export else trained
     return starts, space, make_rope, {"none": with_short(plain), "long": replace(init, short=None)}
+
+
+def least_factors(args, base, window, scale):
+    """The least lambda_i of a search for `scale` times a window, (D/2,): 1, or R s for slow pairs with --slow-least R.
+    Beyond the window a slow pair with less than s reaches angles that the model never saw."""
+    slow = base.turns(window) < 1  # (D/2,)
+    least = max(1.0, round((args.slow_least or 0) * scale, 2))
+    if args.slow_least and (scale <= 1 or least == 1 or not slow.any()):
+        raise UserError(f"--slow-least {args.slow_least:g} bounds nothing: " + (
+            f"--len {args.len} is within the window of {window} tokens" if scale <= 1 else
+            f"{args.slow_least:g} s is no more than 1" if least == 1 else
+            f"every pair makes a full turn within the window of {window} tokens"))
+    return np.maximum.accumulate(np.where(slow, least, 1.0))
 
 
 def formulas(model, window, scale):
@@ -630,10 +639,10 @@ def parser():
                    help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; "
                    "with --short and no --export: search, since Hugging Face has but one for both sets)")
     p.add_argument("--slow-least", type=float, metavar="R",
-                   help="no factor below R s, R up to 1.25, for the slow pairs of the long set, those that make no "
-                   "full turn within the window (LongRoPE2: R = 1; 1.19 did well here). The model then finds more pass "
-                   "keys near --len and fewer well below it. With --init s and window are those of the second stage "
-                   "(default: no such bound, as in the paper)")
+                   help="no factor below R s, R up to 1.25, for the slow pairs, those that make no full turn within "
+                   "the window (LongRoPE2: R = 1; 1.19 did well here). The model then finds more pass keys near --len "
+                   "and fewer well below it. With --init s and window are those of the second stage, with --short s "
+                   "is --len over the window (default: no such bound, as in the paper)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the answer where a pass key is hidden near their start "
                    "and asked for at their end (without --data in the pass-key protocol's own sentences) "
@@ -713,8 +722,6 @@ def fill_in(args, model):
     if args.slow_least is not None and not 0 < args.slow_least <= 1.25:
         raise UserError(f"--slow-least {args.slow_least:g}: give a number above 0 and at most 1.25, as no factor is "
                         "above 1.25 s")
-    if args.slow_least and args.short:
-        raise UserError("--slow-least is for the long set, not for --short")
     if args.start and not args.start.is_file():
         raise UserError(f"--start-from {args.start}: no such file")
     if args.start and args.start.resolve() == (args.out / "rope.json").resolve():

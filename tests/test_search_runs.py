@@ -331,14 +331,30 @@ def start_of(model, length, scale, *changes):
 
 
 def test_the_bounds_of_lambda(tiny_model):
-    """1 to 1.25 s; of the short set 1 to 1.25 times the lesser of s and 5."""
+    """1 to 1.25 s; of the short set 1 to 1.25 times the lesser of s and 5, or as far as it goes beyond the window."""
     for changes, length, scale, largest in (((), 512, 1, 10.0), ((), 160, 1, 3.125), ((), 512, 4, 2.5),
                                             (["--short"], 64, 4, 5.0), (["--short"], 64, 8, 6.25),
-                                            (["--short"], 64, 5, 6.25), (["--short"], 100, 2, 2.5)):
+                                            (["--short"], 64, 5, 6.25), (["--short"], 100, 2, 2.5),
+                                            (["--short"], 448, 8, 8.75)):
         starts, space = start_of(tiny_model, length, float(scale), *changes)
         assert abs(space.largest - largest) <= 0.0051 and space.n_hats == N_HAT
         for start in starts:
             assert is_monotone(start.factors) and on_grid(start.factors, space.largest)
+
+
+def test_slow_least_bounds_the_short_set_by_how_far_it_goes_beyond_the_window(tiny_model):
+    short = "--short", "--slow-least", "1.19"
+    slow = np.array(Rope.none(HEAD_DIM, 10000.0, WINDOW).turns(WINDOW)) < 1
+    starts, space = start_of(tiny_model, 2 * WINDOW, 4.0, *short)
+    assert 0 < slow.sum() < PAIRS and space.smallest == tuple(np.where(slow, 2.38, 1.0))  # 1.19 * 2, whatever init's s
+    assert {s.origin for s in starts} == {"none", "long", "pi", "ntk", "yarn"}
+    for start in starts:
+        assert np.array(start.factors)[slow].min() >= 2.38 and is_monotone(start.factors)
+    _, space = start_of(tiny_model, 7 * WINDOW, 16.0, *short)
+    assert space.smallest[-1] == 8.33 and space.largest == 8.75  # 1.25 s of 7 windows, where 6.25 would be below
+    for length in (WINDOW, WINDOW // 2):
+        with pytest.raises(UserError, match=f"bounds nothing: --len {length} is within the window of {WINDOW} tokens"):
+            start_of(tiny_model, length, 4.0, *short)
 
 
 def test_the_starts_of_a_search_differ(tiny_model):

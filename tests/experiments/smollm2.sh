@@ -21,7 +21,7 @@ bound() {
     --out "$OUT/bounded-$1"
   mv "$OUT/bounded-$1/bounded.json" "$OUT/bounded-$1/rope.json"
 }
-tune() { all finetune.py --data "$BOOKS/train" --lr "${LR:-1e-4}" --steps 400 --save-every 100 --resume "$@"; }
+tune() { all finetune.py --data "$BOOKS/train" --lr "${LR:-5e-5}" --steps 400 --save-every 100 --resume "$@"; }
 RUN=$OUT/${RUN:-tuned}
 texts=(--doc-tokens 524288 --data "$BOOKS/test")  # each length in windows one after another: the same tokens
 to64=(--len 8192 16384 32768 65536) to128=(--len 2048 4096 8192 16384 32768 65536 131072)

@@ -308,6 +308,14 @@ def test_a_short_set_no_better_than_plain_rope_or_the_long_set_is_not_kept(init,
     assert "so rope.json has " + {"none": "plain RoPE", "long": "the long set"}[better] in capsys.readouterr().out
 
 
+def test_plain_rope_is_not_kept_where_slow_pairs_are_bounded(init, tiny, books, monkeypatch):
+    compare = search.compare
+    monkeypatch.setattr(search, "compare", lambda *given: [
+        row | {"search": 1.0} if row["rope"] == "none" else row for row in compare(*given)])
+    written, _ = searched_on(init, tiny, books, "--short", "--len", 2 * WINDOW, "--slow-least", 1.19)
+    assert written["search"]["kept"] != "none" and written["short_factor"][-1] >= 2.38
+
+
 def test_plain_rope_is_compared_as_an_exported_directory_has_it(tiny_model):
     """transformers gives the long set's attention factor to the short one, too."""
     for export, attention_factor in (([], 1.0), (["--export", "out"], FINETUNED.attention_factor)):

@@ -422,13 +422,13 @@ def extension(args, model, init, start):
 
 def recovery(args, model, init, start):
     """The short set of --init, which a model fine-tuned for a longer window takes up to --len tokens. lambda goes up to
-    min(s, 5), with the same margin as elsewhere, or as far as --len is beyond the window or as the factors that the
-    model was trained with."""
+    min(s, 5), with the same margin as elsewhere, or as far as --len is beyond the window, on top of the factors that
+    the model was trained with."""
     trained, window = model.config.rope.trained, round(init.scale * model.window)
     if args.len >= window:
         raise UserError(f"--short --len {args.len}: the long set would never be used, it is for {window} tokens")
     beyond = args.len / model.window
-    scale = max(min(init.scale, 5.0), beyond, *trained.rescale_factors)  # Llama 3.1's own factors reach 8
+    scale = max(min(init.scale, 5.0), max(beyond, 1.0) * max(trained.rescale_factors))  # Llama 3.1's own reach 8
     attention, attention_range = attention_factors(args, init.scale, model.window)
 
     def with_short(short):
@@ -437,25 +437,29 @@ def recovery(args, model, init, start):
     def make_rope(individual):
         return with_short(Rope(individual.factors, init.rope_theta, model.window, 1.0, individual.n_hat,
                                individual.attention_factor))
-    if beyond > 1 and args.attention_factor == "search":  # a short set for more than the window: begin as for so much
-        attention = round(su_factor(beyond, model.window), 2)
     named = formulas(model, model.window, beyond if beyond > 1 else scale)
+    if beyond > 1:  # a short set for more than the window: begin as for so much
+        named = {name: trained.times(rope) for name, rope in named.items()}
+        if args.attention_factor == "search":
+            attention = round(su_factor(beyond, model.window), 2)
+    least = least_factors(args, trained, model.window, beyond)
+    smallest = np.maximum.accumulate(np.where(least > 1, np.round(least * trained.rescale_factors, 2), 1.0))
     starts, space = into_space(args, start | {"none": trained, "long": init} | named, init.n_hat, scale, attention,
-                               attention_range, least_factors(args, trained, model.window, beyond))
+                               attention_range, smallest)
     # in what is exported transformers gives the long set's attention factor to plain RoPE, too
     plain = replace(trained, attention_factor=init.attention_factor) if args.export else trained
     return starts, space, make_rope, {"none": with_short(plain), "long": replace(init, short=None)}
 
 
 def least_factors(args, base, window, scale):
-    """The least lambda_i of a search for `scale` times a window, (D/2,): 1, or R s for slow pairs with --slow-least R.
-    Beyond the window a slow pair with less than s reaches angles that the model never saw."""
+    """The least factors, on top of those of `base`, for `scale` times its window, (D/2,): 1, or with --slow-least R
+    for slow pairs R s. With less than s they reach angles beyond the window that the model never saw."""
     slow = base.turns(window) < 1  # (D/2,)
     least = max(1.0, round((args.slow_least or 0) * scale, 2))
     if args.slow_least and (scale <= 1 or least == 1 or not slow.any()):
         raise UserError(f"--slow-least {args.slow_least:g} bounds nothing: " + (
-            f"--len {args.len} is within the window of {window} tokens" if scale <= 1 else
-            f"{args.slow_least:g} s is no more than 1" if least == 1 else
+            f"{args.len} tokens are within the window of {window}" if scale <= 1 else
+            f"{args.slow_least:g} times s = {scale:.4g} is no more than 1" if least == 1 else
             f"every pair makes a full turn within the window of {window} tokens"))
     return np.maximum.accumulate(np.where(slow, least, 1.0))
 
@@ -582,13 +586,13 @@ def plot(ropes, length, history, path):
     first, *lines = [json.loads(line) for line in history.read_text().splitlines()]
     ppl = np.array([line["ppl"] or np.nan for line in lines])  # none where racing dropped it
     best = np.fmin.accumulate(ppl)
-    as_evaluated = ", the same attention factor" + " and bound" * bool(first["setup"].get("slow_least"))
+    as_baseline, as_all = ", the same attention factor", ", bounded" * bool(first["setup"].get("slow_least"))
     right.plot(range(1, len(ppl) + 1), ppl, ".", color="#999999", ms=4, label="an individual")
     right.step(range(1, len(ppl) + 1), best, where="post", color="black", lw=2, label="the best so far")
     for line in lines:
         if line["origin"] in colors:
             right.axhline(line["ppl"], lw=1, ls="--", color=colors[line["origin"]],
-                          label=line["origin"] + as_evaluated * (line["origin"] in BASELINES))
+                          label=line["origin"] + as_baseline * (line["origin"] in BASELINES) + as_all)
     spread_of_good = max(np.median(ppl[np.isfinite(ppl)]) - best[-1], 0.01 * best[-1])
     right.set(xlabel="individuals evaluated", ylabel="perplexity on the search's documents", title="search",
               ylim=(best[-1] - 0.5 * spread_of_good, best[-1] + 5 * spread_of_good))
@@ -640,8 +644,8 @@ def parser():
                    "with --short and no --export: search, since Hugging Face has but one for both sets)")
     p.add_argument("--slow-least", type=float, metavar="R",
                    help="no factor below R s, R up to 1.25, for the slow pairs, those that make no full turn within "
-                   "the window (LongRoPE2: R = 1; 1.19 did well here). The model then finds more pass keys near --len "
-                   "and fewer well below it. With --init s and window are those of the second stage, with --short s "
+                   "the window, so that they reach no angle the model never saw (LongRoPE2: R = 1; README has what "
+                   "1.19 does to pass keys). With --init s and window are those of the second stage, with --short s "
                    "is --len over the window (default: no such bound, as in the paper)")
     p.add_argument("--fitness", choices=["ppl", "needle"], default="ppl",
                    help="perplexity of whole documents, or of the answer where a pass key is hidden near their start "
@@ -766,12 +770,15 @@ def main(argv=None):
     rows = compare(model, ropes, searched, held_out)
     kept, extra = "searched", {"comparison": {"unseen": [w.document for w in held_out], "rows": rows}}
     if args.short:  # the set found may well be worse than plain RoPE or the long set, which its range does not reach
-        allowed = [row for row in rows if row["rope"] != "none" or not args.slow_least]
+        least = np.array(space.smallest) - 0.005
+        allowed = [row for row in rows if (np.array(ropes[row["rope"]].at(args.len).rescale_factors) >= least).all()]
         row = min(reversed(allowed), key=lambda row: row["search"])  # a tie is the search's
         kept = row["rope"]
         extra |= {"kept": kept, "perplexity": row["search"]}
     evaluate.save(ropes[kept], **extra)
     say_table(rows, args.len, searched, held_out, args.fitness)
+    if args.short and (less := min(rows, key=lambda row: row["search"]))["search"] < row["search"]:
+        say(f"{less['rope']} has less perplexity, but slow pairs below --slow-least: it is not kept")
     if kept != "searched":
         say(f"so rope.json has {'plain RoPE' if kept == 'none' else 'the long set'} up to {args.len} tokens")
     if rank() == 0:

@@ -729,7 +729,7 @@ def test_two_generations_of_the_cpus_default_have_crossover():
     (["--attention-factor", "0"], "--attention-factor 0"),
     (["--slow-least", "0"], "--slow-least 0: give a number above 0 and at most 1.25"),
     (["--slow-least", "1.26"], "--slow-least 1.26: give a number above 0 and at most 1.25"),
-    (["--slow-least", "0.2"], "--slow-least 0.2 bounds nothing: 0.2 s is no more than 1"),
+    (["--slow-least", "0.2"], "--slow-least 0.2 bounds nothing: 0.2 times s = 4 is no more than 1"),
     (["--fitness", "needle", "--len", str(WINDOW + 1)], "raise --len"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, books, tmp_path, capsys, changes, said):

@@ -308,12 +308,19 @@ def test_a_short_set_no_better_than_plain_rope_or_the_long_set_is_not_kept(init,
     assert "so rope.json has " + {"none": "plain RoPE", "long": "the long set"}[better] in capsys.readouterr().out
 
 
-def test_plain_rope_is_not_kept_where_slow_pairs_are_bounded(init, tiny, books, monkeypatch):
+@pytest.mark.parametrize("better, length, least, allowed", [
+    ("none", 2 * WINDOW, 1.19, False), ("long", 2 * WINDOW, 1.19, False), ("long", WINDOW + 8, 1, True)])
+def test_no_set_below_the_bound_is_kept_as_the_short_one(init, tiny, books, monkeypatch, capsys, better, length, least,
+                                                         allowed):
     compare = search.compare
     monkeypatch.setattr(search, "compare", lambda *given: [
-        row | {"search": 1.0} if row["rope"] == "none" else row for row in compare(*given)])
-    written, _ = searched_on(init, tiny, books, "--short", "--len", 2 * WINDOW, "--slow-least", 1.19)
-    assert written["search"]["kept"] != "none" and written["short_factor"][-1] >= 2.38
+        row | {"search": 1.0} if row["rope"] == better else row for row in compare(*given)])
+    written, _ = searched_on(init, tiny, books, "--short", "--len", length, "--slow-least", least)
+    slow = np.array(Rope.none(HEAD_DIM, 10000.0, WINDOW).turns(WINDOW)) < 1
+    assert np.array(written["short_factor"])[slow].min() >= round(least * length / WINDOW, 2)
+    assert (written["search"]["kept"] == better) is allowed
+    said = f"{better} has less perplexity, but slow pairs below --slow-least: it is not kept"
+    assert (said in capsys.readouterr().out) is not allowed
 
 
 def test_plain_rope_is_compared_as_an_exported_directory_has_it(tiny_model):
@@ -361,8 +368,26 @@ def test_slow_least_bounds_the_short_set_by_how_far_it_goes_beyond_the_window(ti
     _, space = start_of(tiny_model, 7 * WINDOW, 16.0, *short)
     assert space.smallest[-1] == 8.33 and space.largest == 8.75  # 1.25 s of 7 windows, where 6.25 would be below
     for length in (WINDOW, WINDOW // 2):
-        with pytest.raises(UserError, match=f"bounds nothing: --len {length} is within the window of {WINDOW} tokens"):
+        with pytest.raises(UserError, match=f"bounds nothing: {length} tokens are within the window of {WINDOW}"):
             start_of(tiny_model, length, 4.0, *short)
+
+
+def test_slow_least_of_a_short_set_is_on_top_of_the_factors_the_model_was_trained_with(tiny_model, monkeypatch):
+    trained = Rope.longrope([1.0] * 16 + [8.0] * 16, 10000.0, WINDOW, 8.0)
+    monkeypatch.setattr(Rope, "trained", property(lambda self: trained))
+    slow = np.array(trained.turns(WINDOW)) < 1
+    starts, space = start_of(tiny_model, 2 * WINDOW, 16.0, "--short", "--slow-least", "1.19")
+    assert slow[16:].all() and space.smallest[16:] == (19.04,) * 16 and space.largest == 20.0
+    assert {s.origin: s for s in starts}["pi"].factors[-1] == 19.04  # 16, put above the bound
+    starts, space = start_of(tiny_model, 2 * WINDOW, 16.0, "--short")
+    assert {s.origin: s for s in starts}["pi"].factors == (2.0,) * 16 + (16.0,) * 16 and set(space.smallest) == {1.0}
+
+
+def test_slow_least_says_where_no_pair_is_slow(tiny_model):
+    model = load_model(tiny_model.path, Rope.none(HEAD_DIM, 10.0, WINDOW), device="cpu")
+    args = search.parser().parse_args(["--len", "256", "--attention-factor", "su", "--slow-least", "1.19"])
+    with pytest.raises(UserError, match=f"bounds nothing: every pair makes a full turn within the window of {WINDOW}"):
+        search.least_factors(args, model.rope, WINDOW, 4.0)
 
 
 def test_the_starts_of_a_search_differ(tiny_model):

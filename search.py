@@ -443,7 +443,7 @@ def recovery(args, model, init, start):
         if args.attention_factor == "search":
             attention = round(su_factor(beyond, model.window), 2)
     least = least_factors(args, trained, model.window, beyond)
-    smallest = np.maximum.accumulate(np.where(least > 1, np.round(least * trained.rescale_factors, 2), 1.0))
+    smallest = np.where(least > 1, np.round(least * trained.rescale_factors, 2), 1.0)
     starts, space = into_space(args, start | {"none": trained, "long": init} | named, init.n_hat, scale, attention,
                                attention_range, smallest)
     # in what is exported transformers gives the long set's attention factor to plain RoPE, too
@@ -461,7 +461,7 @@ def least_factors(args, base, window, scale):
             f"{args.len} tokens are within the window of {window}" if scale <= 1 else
             f"{args.slow_least:g} times s = {scale:.4g} is no more than 1" if least == 1 else
             f"every pair makes a full turn within the window of {window} tokens"))
-    return np.maximum.accumulate(np.where(slow, least, 1.0))
+    return np.where(slow, least, 1.0)
 
 
 def formulas(model, window, scale):
@@ -471,11 +471,11 @@ def formulas(model, window, scale):
 
 
 def into_space(args, ropes, n_hat, scale, attention, attention_range, smallest):
-    """(individuals, space): the ropes as first individuals, put into the space whatever they were; `smallest` is its
-    least lambda_i, (D/2,). Where the attention factor is searched, those that the model knows and that of --start-from,
-    which has its own n_hat too, begin with their own."""
+    """(individuals, space): the ropes as first individuals, put into the space whatever they were; `smallest`, (D/2,),
+    is its least lambda_i once made non-decreasing. Where the attention factor is searched, those that the model knows
+    and that of --start-from, which has its own n_hat too, begin with their own."""
     largest, n_hats = round(1.25 * scale, 2), N_HAT if args.n_hat is None else (args.n_hat,)
-    starts, (low, high) = [], attention_range
+    starts, (low, high), smallest = [], attention_range, np.maximum.accumulate(smallest)
     for name, rope in ropes.items():
         factors = np.maximum.accumulate(np.clip(rope.rescale_factors, smallest, largest))
         own = attention if name in BASELINES or low == high else round(min(max(rope.attention_factor, low), high), 2)
@@ -770,8 +770,8 @@ def main(argv=None):
     rows = compare(model, ropes, searched, held_out)
     kept, extra = "searched", {"comparison": {"unseen": [w.document for w in held_out], "rows": rows}}
     if args.short:  # the set found may well be worse than plain RoPE or the long set, which its range does not reach
-        least = np.array(space.smallest) - 0.005
-        allowed = [row for row in rows if (np.array(ropes[row["rope"]].at(args.len).rescale_factors) >= least).all()]
+        used = {name: np.array(rope.at(args.len).rescale_factors) for name, rope in ropes.items()}
+        allowed = [row for row in rows if (used[row["rope"]] + 0.005 >= space.smallest).all()]
         row = min(reversed(allowed), key=lambda row: row["search"])  # a tie is the search's
         kept = row["rope"]
         extra |= {"kept": kept, "perplexity": row["search"]}

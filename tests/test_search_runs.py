@@ -21,6 +21,7 @@ from longrope import Rope, UserError, load_model, load_tokenizer, read_documents
 from search import N_HAT, is_monotone, needle_windows
 
 PAIRS, LENGTH = 32, 4 * WINDOW
+SLOW = Rope.none(HEAD_DIM, 10000.0, WINDOW).turns(WINDOW) < 1  # (PAIRS,)
 
 
 def command(tiny, books, out, *changes):
@@ -294,12 +295,17 @@ def test_short_writes_the_short_set_and_leaves_the_long_one(init, tiny, books, l
     capsys.readouterr()
 
 
+def measured_best(monkeypatch, name):
+    """The comparison says perplexity 1 of this rope."""
+    compare = search.compare
+    monkeypatch.setattr(search, "compare", lambda *given: [
+        row | {"search": 1.0} if row["rope"] == name else row for row in compare(*given)])
+
+
 @pytest.mark.parametrize("better, factors", [("none", (1.0,) * PAIRS), ("long", FINETUNED.rescale_factors)])
 def test_a_short_set_no_better_than_plain_rope_or_the_long_set_is_not_kept(init, tiny, books, capsys, monkeypatch,
                                                                           better, factors):
-    compare = search.compare
-    monkeypatch.setattr(search, "compare", lambda *given: [
-        row | {"search": 1.0} if row["rope"] == better else row for row in compare(*given)])
+    measured_best(monkeypatch, better)
     written, _ = searched_on(init, tiny, books, "--short", "--len", WINDOW)
     assert tuple(written["short_factor"]) == factors and written["search"]["kept"] == better
     rows = {row["rope"]: row["search"] for row in written["search"]["comparison"]["rows"]}
@@ -312,12 +318,9 @@ def test_a_short_set_no_better_than_plain_rope_or_the_long_set_is_not_kept(init,
     ("none", 2 * WINDOW, 1.19, False), ("long", 2 * WINDOW, 1.19, False), ("long", WINDOW + 8, 1, True)])
 def test_no_set_below_the_bound_is_kept_as_the_short_one(init, tiny, books, monkeypatch, capsys, better, length, least,
                                                          allowed):
-    compare = search.compare
-    monkeypatch.setattr(search, "compare", lambda *given: [
-        row | {"search": 1.0} if row["rope"] == better else row for row in compare(*given)])
+    measured_best(monkeypatch, better)
     written, _ = searched_on(init, tiny, books, "--short", "--len", length, "--slow-least", least)
-    slow = np.array(Rope.none(HEAD_DIM, 10000.0, WINDOW).turns(WINDOW)) < 1
-    assert np.array(written["short_factor"])[slow].min() >= round(least * length / WINDOW, 2)
+    assert np.array(written["short_factor"])[SLOW].min() >= round(least * length / WINDOW, 2)
     assert (written["search"]["kept"] == better) is allowed
     said = f"{better} has less perplexity, but slow pairs below --slow-least: it is not kept"
     assert (said in capsys.readouterr().out) is not allowed
@@ -359,12 +362,11 @@ def test_the_bounds_of_lambda(tiny_model):
 
 def test_slow_least_bounds_the_short_set_by_how_far_it_goes_beyond_the_window(tiny_model):
     short = "--short", "--slow-least", "1.19"
-    slow = np.array(Rope.none(HEAD_DIM, 10000.0, WINDOW).turns(WINDOW)) < 1
     starts, space = start_of(tiny_model, 2 * WINDOW, 4.0, *short)
-    assert 0 < slow.sum() < PAIRS and space.smallest == tuple(np.where(slow, 2.38, 1.0))  # 1.19 * 2, whatever init's s
+    assert 0 < SLOW.sum() < PAIRS and space.smallest == tuple(np.where(SLOW, 2.38, 1.0))  # 1.19 * 2, whatever init's s
     assert {s.origin for s in starts} == {"none", "long", "pi", "ntk", "yarn"}
     for start in starts:
-        assert np.array(start.factors)[slow].min() >= 2.38 and is_monotone(start.factors)
+        assert np.array(start.factors)[SLOW].min() >= 2.38 and is_monotone(start.factors)
     _, space = start_of(tiny_model, 7 * WINDOW, 16.0, *short)
     assert space.smallest[-1] == 8.33 and space.largest == 8.75  # 1.25 s of 7 windows, where 6.25 would be below
     for length in (WINDOW, WINDOW // 2):
@@ -375,19 +377,20 @@ def test_slow_least_bounds_the_short_set_by_how_far_it_goes_beyond_the_window(ti
 def test_slow_least_of_a_short_set_is_on_top_of_the_factors_the_model_was_trained_with(tiny_model, monkeypatch):
     trained = Rope.longrope([1.0] * 16 + [8.0] * 16, 10000.0, WINDOW, 8.0)
     monkeypatch.setattr(Rope, "trained", property(lambda self: trained))
-    slow = np.array(trained.turns(WINDOW)) < 1
     starts, space = start_of(tiny_model, 2 * WINDOW, 16.0, "--short", "--slow-least", "1.19")
-    assert slow[16:].all() and space.smallest[16:] == (19.04,) * 16 and space.largest == 20.0
+    assert (trained.turns(WINDOW) < 1)[16:].all() and space.smallest[16:] == (19.04,) * 16 and space.largest == 20.0
     assert {s.origin: s for s in starts}["pi"].factors[-1] == 19.04  # 16, put above the bound
     starts, space = start_of(tiny_model, 2 * WINDOW, 16.0, "--short")
     assert {s.origin: s for s in starts}["pi"].factors == (2.0,) * 16 + (16.0,) * 16 and set(space.smallest) == {1.0}
+    trained = replace(trained, rescale_factors=(*trained.rescale_factors[:20], 7.0, *trained.rescale_factors[21:]))
+    starts, space = start_of(tiny_model, 2 * WINDOW, 16.0, "--short", "--slow-least", "1.19")
+    assert space.smallest[16:] == (19.04,) * 16  # not 16.66 after 19.04: the order holds of the bound, too
 
 
-def test_slow_least_says_where_no_pair_is_slow(tiny_model):
-    model = load_model(tiny_model.path, Rope.none(HEAD_DIM, 10.0, WINDOW), device="cpu")
-    args = search.parser().parse_args(["--len", "256", "--attention-factor", "su", "--slow-least", "1.19"])
+def test_slow_least_says_where_no_pair_is_slow():
+    args = search.parser().parse_args(["--slow-least", "1.19"])
     with pytest.raises(UserError, match=f"bounds nothing: every pair makes a full turn within the window of {WINDOW}"):
-        search.least_factors(args, model.rope, WINDOW, 4.0)
+        search.least_factors(args, Rope.none(HEAD_DIM, 10.0, WINDOW), WINDOW, 4.0)
 
 
 def test_the_starts_of_a_search_differ(tiny_model):

@@ -3,7 +3,8 @@
 # results/smollm2/COMMANDS.md says what was run by it.
 #
 #     export MODEL=SmolLM2-135M BOOKS=books OUT=out/smollm2
-#     bash tests/experiments/smollm2.sh search64 needle64 bounded64 lambda64 ppl64 passkey64 search128 bounded128 original
+#     bash tests/experiments/smollm2.sh search64 needle64 bounded64 within64 lambda64 ppl64 passkey64
+#     bash tests/experiments/smollm2.sh search128 bounded128 original
 #     bash tests/experiments/smollm2.sh train control recover tuned ppl-control quarter passkey128 generate words
 #
 # results/smollm2/DATA.md says where the model and the books are from. BOOKS/train, BOOKS/search and BOOKS/test are
@@ -37,6 +38,9 @@ for stage in "$@"; do
         --start-from "$OUT/search-64k/rope.json" --out "$OUT/needle-64k-start" ;;
     bounded64)  # no factor below 9.5 = 1.19 s for pairs that make no full turn within the window, see README
       bound 64k 9.5 ;;
+    within64)  # the same bound from the first candidate on, and a set that transformers can run
+      search --model "$MODEL" --len 65536 --n-hat 0 --slow-least 1.19 --iterations 24 --data "$BOOKS/search" \
+        --out "$OUT/slow-least-1.19-64k" ;;
     lambda64)  # the paper's ablation: searched without n_hat and attention factor, then with n_hat
       search --model "$MODEL" --len 65536 --data "$BOOKS/search" --n-hat 0 --attention-factor none \
         --out "$OUT/lambda-64k"
@@ -45,8 +49,8 @@ for stage in "$@"; do
     ppl64 | passkey64)
       python3 tests/experiments/variants.py --model "$MODEL" --rope "$OUT/search-64k/rope.json" --out "$OUT/variants"
       ropes=(none pi ntk yarn "$OUT"/variants/{pi,ntk,yarn}-su.json "$OUT"/search-64k/rope.json)
-      for more in "$OUT"/{needle-64k,needle-64k-start,bounded-64k,lambda-64k,lambda-n_hat-64k}/rope.json; do
-        [ ! -e "$more" ] || ropes+=("$more")
+      for more in needle-64k needle-64k-start bounded-64k slow-least-1.19-64k lambda-64k lambda-n_hat-64k; do
+        [ ! -e "$OUT/$more/rope.json" ] || ropes+=("$OUT/$more/rope.json")
       done
       if [ "$stage" = ppl64 ]; then
         all eval_ppl.py --model "$MODEL" --rope "${ropes[@]}" "${to64[@]}" "${texts[@]}" --out "$OUT/ppl-64k"
@@ -64,8 +68,8 @@ for stage in "$@"; do
       all eval_passkey.py --model "$MODEL" --rope "${ropes[@]}" "${to128[@]}" --trials 3 \
         --out "$OUT/passkey-original" ;;
     train)  # the short set is searched first, for twice the window: nearer to the long one it is easier to keep
-      search --model "$MODEL" --init "$OUT/bounded-128k/rope.json" --short --len 16384 --n-hat 0 --samples 8 \
-        --data "$BOOKS/search" --out "$OUT/short-128k"
+      search --model "$MODEL" --init "$OUT/bounded-128k/rope.json" --short --len 16384 --n-hat 0 --slow-least 1.19 \
+        --samples 8 --data "$BOOKS/search" --out "$OUT/short-128k"
       tune --model "$MODEL" --rope "$OUT/short-128k/rope.json" --len 131072 --batch-size 1 \
         --mix 131072:3 8192:5 16384:2 32768 65536 --out "$RUN/model" ;;
     control)  # the same steps, tokens and text, within the window
@@ -76,7 +80,7 @@ for stage in "$@"; do
     recover)  # once for this program, up to twice the window as in the paper; once for Hugging Face, which takes the
       # short set within the window alone, and has one attention factor for both sets
       short=(--model "$RUN/model" --init "$RUN/model/rope.json" --short --n-hat 0 --samples 8 --data "$BOOKS/search")
-      search "${short[@]}" --len 16384 --start-from "$RUN/model/rope.json" --out "$RUN/recovered"
+      search "${short[@]}" --len 16384 --slow-least 1.19 --start-from "$RUN/model/rope.json" --out "$RUN/recovered"
       search "${short[@]}" --len 8192 --out "$RUN/recovered-su" --export "$RUN/model-final"
       python3 tests/experiments/variants.py --model "$RUN/model" --rope "$RUN/model/rope.json" --out "$RUN/variants" ;;
     tuned)  # beyond twice the window all of these have the long set

@@ -19,9 +19,10 @@ CURVES = (  # label, directories ({} is ppl or passkey), rope, style
     ("YaRN", "{}-64k", "yarn", "#E69F00", "-"),
     ("YaRN, su", "{}-64k", "yarn-su.json", "#009E73", "-"),
     ("searched for 65536", "{}-64k", "search-64k/rope.json", "#0072B2", "-"),
-    ("searched for 65536, bounded", "{}-64k", "bounded-64k/rope.json", "#0072B2", "--"),
+    ("searched for 65536, then bounded", "{}-64k", "bounded-64k/rope.json", "#0072B2", "--"),
+    ("searched for 65536 within the bound", "slow-least-1.19-64k", "rope.json", "#56B4E9", "-"),
     ("searched for 131072", "{}-original", "search-128k/rope.json", "#CC79A7", "-"),
-    ("searched for 131072, bounded", "{}-original", "bounded-128k/rope.json", "#CC79A7", "--"),
+    ("searched for 131072, then bounded", "{}-original", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned at 131072", TUNED + "/{}", "recovered/rope.json", "#D55E00", "-"),
     ("control", TUNED + "/{}-control", "none", "#000000", ":"),
 )

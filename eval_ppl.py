@@ -32,6 +32,7 @@ from longrope import (
     resolve_rope,
     run,
     say,
+    set_aside,
     spread,
     utilisation,
     warm_up,
@@ -141,9 +142,8 @@ def earlier(path, setup, key):
         old = read_json(path) if path.exists() else {"setup": setup, key: []}
         if not (differs := [k for k in setup if old.get("setup", {}).get(k) != setup[k]]):
             return old[key]
-        aside = path.with_suffix(".old.json")
-        say(f"{path} was measured with another {', '.join(differs)}: starting afresh, the old one is now {aside.name}")
-        path.replace(aside)
+        say(f"{path} was measured with another {', '.join(differs)}: starting afresh, the old one is now "
+            f"{set_aside(path)[0]}")
         return []
     return spread(read, [path])[0]  # the first process reads, all of them know
 

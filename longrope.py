@@ -28,7 +28,7 @@ import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from textwrap import shorten
 
@@ -715,6 +715,8 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
         raise UserError(f"device {device}: {str(e).splitlines()[0]}") from None
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if not (path / "config.json").is_file():
+        raise UserError(f"model {path}: no config.json in it, so no Hugging Face directory")
     config = LlamaConfig.from_dict(read_json(path / "config.json"), str(path / "config.json"))
     if not sliding_window:
         config.sliding_window = config.hf["sliding_window"] = None
@@ -1173,8 +1175,23 @@ def whole_file(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    yield part
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def set_aside(*paths):
+    """Rename an earlier run's files, NAME.EXT to NAME.oldN.EXT, N the first that is free: they may be days of work."""
+    for n in count(1):
+        aside = [path.with_suffix(f".old{n}{path.suffix}") for path in paths]
+        if not any(path.exists() for path in aside):
+            break
+    for path, new in zip(paths, aside):
+        if path.exists():
+            path.replace(new)
+    return [new.name for new in aside]
 
 
 def write_json(path, value):

@@ -46,6 +46,7 @@ from longrope import (
     save_config,
     say,
     say_start,
+    set_aside,
     spread,
     su_factor,
     utilisation,
@@ -350,11 +351,8 @@ def open_history(path, setup, resume):
     if rank() > 0:
         return known, None
     if path.exists() and not resume:
-        say(f"starting afresh, {path} is now {path.stem}.old.jsonl, rope.json rope.old.json; --resume would have gone "
-            "on with it")
-        for old in (path, path.with_name("rope.json")):  # days of work, perhaps
-            if old.exists():
-                old.replace(old.with_suffix(f".old{old.suffix}"))
+        history, rope = set_aside(path, path.with_name("rope.json"))
+        say(f"starting afresh, {path} is now {history}, rope.json {rope}; --resume would have gone on with it")
     part = path.with_name(path.name + ".part")  # the old one stays until what goes on from it is whole
     file = open(part, "w")
     file.writelines(json.dumps(line) + "\n" for line in lines or [{"setup": setup}])
@@ -702,7 +700,8 @@ def export(model, path):
 
 def fill_in(args, model):
     """Defaults that depend on the model and the machine, and checks."""
-    args.len = args.len or (model.window if args.short else 8 * model.window)
+    if args.len is None:
+        args.len = model.window if args.short else 8 * model.window
     if args.len < 2:
         raise UserError(f"--len {args.len}: nothing to predict")
     what = ("-short" if args.short else "") + ("-needle" if args.fitness == "needle" else "")

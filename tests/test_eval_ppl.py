@@ -181,7 +181,10 @@ def test_rows_measured_otherwise_are_not_taken_over(tmp_path, tiny, tiny_rope, b
     third = ppl(tmp_path, *command, 2)
     assert [r["documents"] for r in third["rows"]] == [2]
     assert "another data, data_sha256: starting afresh" in capsys.readouterr().out
-    assert json.loads((tmp_path / "ppl.old.json").read_text()) == second
+    assert json.loads((tmp_path / "ppl.old1.json").read_text()) == second
+    assert without_times(ppl(tmp_path, *command, 1)) == without_times(second)
+    assert json.loads((tmp_path / "ppl.old1.json").read_text()) == second  # none that was set aside is lost
+    assert json.loads((tmp_path / "ppl.old2.json").read_text()) == third
 
 
 def test_rows_of_a_rope_json_that_has_changed_go_at_every_length(tmp_path, tiny, tiny_rope, books):

@@ -92,9 +92,9 @@ def test_resume_without_a_history_and_a_fresh_start_over_an_old_one(undisturbed,
     assert not same(tmp_path, undisturbed)
     former = {name: (tmp_path / name).read_bytes() for name in ("rope.json", "history.jsonl")}
     search.main(command(tiny, books, tmp_path))
-    assert former == {"rope.json": (tmp_path / "rope.old.json").read_bytes(),
-                      "history.jsonl": (tmp_path / "history.old.jsonl").read_bytes()}
-    assert f"starting afresh, {tmp_path / 'history.jsonl'} is now history.old.jsonl" in capsys.readouterr().out
+    assert former == {"rope.json": (tmp_path / "rope.old1.json").read_bytes(),
+                      "history.jsonl": (tmp_path / "history.old1.jsonl").read_bytes()}
+    assert f"starting afresh, {tmp_path / 'history.jsonl'} is now history.old1.jsonl" in capsys.readouterr().out
     assert same(tmp_path, undisturbed)
 
 

@@ -99,7 +99,8 @@ def segments(documents, tokenizer, length, bos, eos):
             inner = tokens[:whole * body].reshape(whole, body)
             yield np.pad(inner, ((0, 0), (1, 1)), constant_values=((0, 0), (bos, eos)))
     if not found:
-        raise UserError(f"no document fills one segment of {length} tokens ({tokens_read} tokens in all): lower --len")
+        raise UserError(f"no document fills one segment of {length} tokens ({tokens_read} tokens in all): "
+                        "give longer documents (--data) or a shorter --len")
 
 
 def tokenised(read, tokenizer, length, bos, eos, out):
@@ -472,11 +473,12 @@ def parser():
 
 def complete(args, model, device):
     """Fill in what was not given and refuse what cannot work. -> (the rope, where it is from)"""
-    config, target = model.config, args.len or 8 * model.window
+    config, target = model.config, 8 * model.window if args.len is None else args.len
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.len = args.len or target
+    if args.len is None:
+        args.len = target
     args.batch_size = args.batch_size if args.batch_size is not None else 1 if device.type == "cpu" else 32
     args.warmup = min(20, args.steps // 4) if args.warmup is None else args.warmup
     args.out = args.out or Path(f"out/finetune-{args.len}")
@@ -509,9 +511,10 @@ def complete(args, model, device):
     if not args.rope and Path(args.model).resolve() == BUNDLED_MODEL:
         args.rope = next((str(path) for path in searched if path.is_file()), None)
     rope = resolve_rope(args.rope, model, max(target, args.len))
-    if not args.rope and args.len > rope.scale * model.window:
-        raise UserError(f"--len {args.len}: the model's own factors are for {round(rope.scale * model.window)} tokens; "
-                        f"search some (search.py --len {args.len}) and give --rope, or --rope none to go without")
+    reach = round(rope.scale * model.window)
+    if args.rope != "none" and args.len > reach:
+        raise UserError(f"--len {args.len}: {args.rope or 'the model'} has factors for {reach} tokens; search some "
+                        f"(search.py --len {args.len}) and give --rope, or --rope none to go without")
     if args.mix and min(args.mix) <= model.window and rope.scale > 1 and not rope.short:
         raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, but these "
                         "factors have no short set to train it under: give a rope.json that search.py wrote")

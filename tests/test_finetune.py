@@ -71,7 +71,7 @@ def test_a_document_shorter_than_a_segment_is_the_users_mistake(tiny):
     tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
     assert cut([("a", text)], tokenizer, tokens + 2).shape == (1, tokens + 2)
     for documents in ([("a", text)], [("a", "")], []):
-        with pytest.raises(UserError, match="lower --len"):
+        with pytest.raises(UserError, match="give longer documents"):
             cut(documents, tokenizer, tokens + 3)
 
 
@@ -506,8 +506,12 @@ def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bund
     monkeypatch.chdir(tmp_path)
     committed = bundled.path.parent / "rope.json"
     assert rope_for() == rope_for("--len", "8192") == (Rope.load(committed), str(committed))
-    with pytest.raises(UserError, match=r"--len 2048: the model's own factors are for 1024 tokens; search some"):
+    with pytest.raises(UserError, match=r"--len 2048: the model has factors for 1024 tokens; search some"):
         rope_for("--len", "2048")
+    with pytest.raises(UserError, match=r"--len 16384: \S+rope.json has factors for 8192 tokens; search some"):
+        rope_for("--len", "16384", "--rope", str(committed))
+    with pytest.raises(UserError, match=r"--len 0: a segment is"):
+        rope_for("--len", "0")
     assert set(rope_for("--len", "2048", "--rope", "none")[0].rescale_factors) == {1.0}
     assert rope_for("--len", "1024")[0] == bundled.model.config.rope
     found = tmp_path / "out" / "search-2048" / "rope.json"
@@ -547,13 +551,14 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path
     (["--model", "nowhere"], "nowhere"),
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--rope", "nowhere.json"], "nowhere.json"),
-    (["--len", "100000"], "no document fills one segment of 100000 tokens"),
+    (["--len", "100000", "--rope", "none"], "no document fills one segment of 100000 tokens"),
     (["--mix", "64", "100"], f"--mix 100: --len {LENGTH} must be a multiple of it"),
     (["--mix", "1"], "--mix 1: "),
     (["--rope", "yarn", "--mix", str(WINDOW)], f"--mix {WINDOW} is within the model's window of {WINDOW} tokens, but"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, inputs, tmp_path, capsys, changes, said):
     assert said in complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), *changes)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("entry", ["64:x", "64:0", "64:-1", "64:", ":3", "-64"])

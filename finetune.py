@@ -577,7 +577,7 @@ def main(argv=None):
                                           "seconds": round(time.perf_counter() - begun, 1), **versions()})
             for path in out.glob("checkpoint-*"):
                 shutil.rmtree(path)
-            say(f"wrote {out}")
+            say(f"wrote {out}, in it log.jsonl and loss.png")
         barrier()
 
 

@@ -1,4 +1,5 @@
-"""The README's commands take options that the scripts have, its links lead somewhere and its line counts are true."""
+"""The commands of the README and of the pages in results/ take options that the scripts have, their links lead
+somewhere, and the README's line counts are true."""
 import re
 import shlex
 from importlib import import_module
@@ -7,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("results/**/*.md")))}
 SCRIPTS = "search|finetune|eval_ppl|eval_passkey"
 
 
@@ -17,7 +19,7 @@ def commands(text):
             yield script, arguments.replace("--seed N", "--seed 0")
 
 
-@pytest.mark.parametrize(("script", "arguments"), sorted(set(commands(README))))
+@pytest.mark.parametrize(("script", "arguments"), sorted({c for text in PAGES.values() for c in commands(text)}))
 def test_a_command_has_only_options_that_there_are(script, arguments):
     import_module(script).parser().parse_args(shlex.split(arguments, comments=True))
 
@@ -28,12 +30,13 @@ def test_the_commands_are_found():
     assert len(set(commands(README))) > 30
 
 
-def test_links_lead_to_a_file_or_a_heading():
-    headings = [h.lower() for h in re.findall(r"^#+ (.+)$", README, re.MULTILINE)]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_a_file_or_a_heading(page):
+    headings = [h.lower() for h in re.findall(r"^#+ (.+)$", PAGES[page], re.MULTILINE)]
     headings = {re.sub(r"[^\w -]", "", h).replace(" ", "-") for h in headings}
-    for link in re.findall(r"\]\(([^)\s]+)\)", README):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if not link.startswith("http"):
-            assert link[1:] in headings if link[0] == "#" else (ROOT / link).exists(), link
+            assert link[1:] in headings if link[0] == "#" else (page.parent / link).exists(), link
 
 
 def test_the_table_of_files_has_their_lines():

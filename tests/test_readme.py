@@ -8,15 +8,20 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+COMMANDS = ROOT / "results" / "smollm2" / "COMMANDS.md"
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("results/**/*.md")))}
 SCRIPTS = "search|finetune|eval_ppl|eval_passkey"
 
 
 def commands(text):
-    """(script, arguments) of every command of one of the four scripts, in code blocks and between backticks."""
+    """(script, arguments) of every command of one of the four scripts, in code blocks and between backticks. The pages
+    in results/ leave out python and abbreviate some options, as the top of smollm2's says."""
+    words = dict(re.findall(r"`(few|texts|to64|to128)` is `([^`]+)`", PAGES[COMMANDS]))
     for code in re.findall(r"`([^`\n]+)`|^    (.+)$|^(python.+)$", text, re.MULTILINE):
-        for script, arguments in re.findall(rf"(?:python|torchrun) (?:[^&]* )?({SCRIPTS})\.py([^&]*)", "".join(code)):
-            yield script, arguments.replace("--seed N", "--seed 0")
+        found = rf"(?:^|(?:python|torchrun) (?:[^&]* )?)({SCRIPTS})\.py( [^&]*|$)"
+        for script, arguments in re.findall(found, "".join(code)):
+            yield script, re.sub(r"\b(few|texts|to64|to128)\b", lambda word: words[word[0]],
+                                 arguments.replace("--seed N", "--seed 0"))
 
 
 @pytest.mark.parametrize(("script", "arguments"), sorted({c for text in PAGES.values() for c in commands(text)}))
@@ -27,7 +32,9 @@ def test_a_command_has_only_options_that_there_are(script, arguments):
 def test_the_commands_are_found():
     text = "`python search.py`, `torchrun x finetune.py --len 4`\n\n    python eval_ppl.py --len 1  # so\n"
     assert list(commands(text)) == [("search", ""), ("finetune", " --len 4"), ("eval_ppl", " --len 1  # so")]
-    assert len(set(commands(README))) > 30
+    assert len(set(commands(README))) > 30 and list(commands("`eval_ppl.py --len 1 texts`")) == [
+        ("eval_ppl", " --len 1 --doc-tokens 524288 --data books/test")]
+    assert len(set(commands(PAGES[COMMANDS]))) > 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

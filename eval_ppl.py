@@ -142,8 +142,7 @@ def earlier(path, setup, key):
         old = read_json(path) if path.exists() else {"setup": setup, key: []}
         if not (differs := [k for k in setup if old.get("setup", {}).get(k) != setup[k]]):
             return old[key]
-        say(f"{path} was measured with another {', '.join(differs)}: starting afresh, the old one is now "
-            f"{set_aside(path)[0]}")
+        say(f"starting afresh, with another {', '.join(differs)}: {set_aside([path])}")
         return []
     return spread(read, [path])[0]  # the first process reads, all of them know
 
@@ -204,7 +203,7 @@ def main(argv=None):
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/ppl-{lengths[-1]}")
     ropes = resolve_ropes(args.rope, lengths, model)
-    total = args.doc_tokens or lengths[-1] + 10 * args.stride
+    total = lengths[-1] + 10 * args.stride if args.doc_tokens is None else args.doc_tokens
     if args.samples < 1 or lengths[0] < 2 or not 0 <= args.stride < lengths[0]:
         raise UserError("--samples must be at least 1, --len 2, --stride 0 or more and below the shortest --len")
     if total < lengths[-1]:

@@ -472,7 +472,7 @@ def parser():
 
 
 def complete(args, model, device):
-    """Fill in what was not given and refuse what cannot work. -> (the rope, where it is from)"""
+    """Fill in what was not given and refuse what cannot work. -> the rope"""
     config, target = model.config, 8 * model.window if args.len is None else args.len
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
@@ -488,6 +488,8 @@ def complete(args, model, device):
     for name in ("steps", "batch_size", "micro_batch_size", "context_parallel", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.warmup < 0:
+        raise UserError("--warmup must be 0 or more")
     if args.dtype == "float16":
         raise UserError("--dtype float16: gradients would vanish in it; take bfloat16 or float32")
     if args.len < 4:
@@ -512,10 +514,11 @@ def complete(args, model, device):
         args.rope = next((str(path) for path in searched if path.is_file()), None)
     rope = resolve_rope(args.rope, model, max(target, args.len))
     reach = round(rope.scale * model.window)
-    if args.rope != "none" and args.len > reach:
-        raise UserError(f"--len {args.len}: {args.rope or 'the model'} has factors for {reach} tokens; search some "
-                        f"(search.py --len {args.len}) and give --rope, or --rope none to go without")
-    if args.mix and min(args.mix) <= model.window and rope.scale > 1 and not rope.short:
+    if args.len > reach:  # --rope none reaches any
+        raise UserError(f"--len {args.len}: {args.rope or 'the model'} reaches {reach} tokens, its s being "
+                        f"{rope.scale:g}; search factors (search.py --len {args.len}) and give --rope, or --rope none "
+                        "to go without")
+    if args.mix and min(args.mix) <= model.window and max(rope.rescale_factors) > 1 and not rope.short:
         raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, but these "
                         "factors have no short set to train it under: give a rope.json that search.py wrote")
     return rope

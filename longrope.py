@@ -1182,16 +1182,16 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 
-def set_aside(*paths):
-    """Rename an earlier run's files, NAME.EXT to NAME.oldN.EXT, N the first that is free: they may be days of work."""
+def set_aside(paths):
+    """Rename an earlier run's files, NAME.EXT to NAME.oldN.EXT, N the first that is free: they may be days of work.
+    -> what became of them, in words."""
     for n in count(1):
         aside = [path.with_suffix(f".old{n}{path.suffix}") for path in paths]
         if not any(path.exists() for path in aside):
             break
     for path, new in zip(paths, aside):
-        if path.exists():
-            path.replace(new)
-    return [new.name for new in aside]
+        path.replace(new)
+    return ", ".join(f"{path} is now {new.name}" for path, new in zip(paths, aside))
 
 
 def write_json(path, value):

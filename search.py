@@ -350,9 +350,9 @@ def open_history(path, setup, resume):
     barrier()  # all have read it before the first writes it
     if rank() > 0:
         return known, None
-    if path.exists() and not resume:
-        history, rope = set_aside(path, path.with_name("rope.json"))
-        say(f"starting afresh, {path} is now {history}, rope.json {rope}; --resume would have gone on with it")
+    old = [p for p in (path, path.with_name("rope.json")) if p.exists()]
+    if old and not lines:
+        say(f"starting afresh (--resume goes on with a history.jsonl): {set_aside(old)}")
     part = path.with_name(path.name + ".part")  # the old one stays until what goes on from it is whole
     file = open(part, "w")
     file.writelines(json.dumps(line) + "\n" for line in lines or [{"setup": setup}])

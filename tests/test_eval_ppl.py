@@ -180,7 +180,8 @@ def test_rows_measured_otherwise_are_not_taken_over(tmp_path, tiny, tiny_rope, b
     assert "afresh" not in capsys.readouterr().out
     third = ppl(tmp_path, *command, 2)
     assert [r["documents"] for r in third["rows"]] == [2]
-    assert "another data, data_sha256: starting afresh" in capsys.readouterr().out
+    said = f"starting afresh, with another data, data_sha256: {tmp_path / 'ppl.json'} is now ppl.old1.json"
+    assert said in capsys.readouterr().out
     assert json.loads((tmp_path / "ppl.old1.json").read_text()) == second
     assert without_times(ppl(tmp_path, *command, 1)) == without_times(second)
     assert json.loads((tmp_path / "ppl.old1.json").read_text()) == second  # none that was set aside is lost
@@ -258,6 +259,7 @@ def test_two_processes_write_what_one_writes(tmp_path, tiny, books):
     (["--len", "100000"], "no document of 100000 tokens"),
     (["--stride", "128"], "--stride 0 or more and below"),
     (["--stride", "16", "--doc-tokens", "100"], "--doc-tokens"),
+    (["--doc-tokens", "0"], "--doc-tokens must be at least"),
     (["--samples", "0"], "--samples must be at least 1"),
     (["--data", "gone.txt"], "gone.txt"),
 ], ids=lambda x: x if isinstance(x, str) else "")

@@ -506,12 +506,15 @@ def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bund
     monkeypatch.chdir(tmp_path)
     committed = bundled.path.parent / "rope.json"
     assert rope_for() == rope_for("--len", "8192") == (Rope.load(committed), str(committed))
-    with pytest.raises(UserError, match=r"--len 2048: the model has factors for 1024 tokens; search some"):
+    with pytest.raises(UserError, match=r"--len 2048: the model reaches 1024 tokens, its s being 1; search"):
         rope_for("--len", "2048")
-    with pytest.raises(UserError, match=r"--len 16384: \S+rope.json has factors for 8192 tokens; search some"):
+    with pytest.raises(UserError, match=r"--len 16384: \S+rope.json reaches 8192 tokens, its s being 8; search"):
         rope_for("--len", "16384", "--rope", str(committed))
+    with pytest.raises(UserError, match=r"--len 8192: yarn:4 reaches 4096 tokens"):
+        rope_for("--rope", "yarn:4")
     with pytest.raises(UserError, match=r"--len 0: a segment is"):
         rope_for("--len", "0")
+    assert set(rope_for("--len", "2048", "--rope", "none", "--mix", "1024")[0].rescale_factors) == {1.0}
     assert set(rope_for("--len", "2048", "--rope", "none")[0].rescale_factors) == {1.0}
     assert rope_for("--len", "1024")[0] == bundled.model.config.rope
     found = tmp_path / "out" / "search-2048" / "rope.json"
@@ -554,6 +557,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path
     (["--len", "100000", "--rope", "none"], "no document fills one segment of 100000 tokens"),
     (["--mix", "64", "100"], f"--mix 100: --len {LENGTH} must be a multiple of it"),
     (["--mix", "1"], "--mix 1: "),
+    (["--warmup", "-1"], "--warmup must be 0 or more"),
     (["--rope", "yarn", "--mix", str(WINDOW)], f"--mix {WINDOW} is within the model's window of {WINDOW} tokens, but"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, inputs, tmp_path, capsys, changes, said):

@@ -712,6 +712,7 @@ def test_two_generations_of_the_cpus_default_have_crossover():
     (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--len", "100000"], "no document of 100000 tokens"),
     (["--len", str(WINDOW)], f"nothing to extend, the window is {WINDOW} already"),
+    (["--len", "0"], "--len 0: nothing to predict"),
     (["--len", "10"], f"nothing to extend, the window is {WINDOW} already"),
     (["--population-size", "2"], "--population-size must be at least 3"),
     (["--num-parents", "1"], "--num-parents must be at least 2"),

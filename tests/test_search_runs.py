@@ -94,8 +94,23 @@ def test_resume_without_a_history_and_a_fresh_start_over_an_old_one(undisturbed,
     search.main(command(tiny, books, tmp_path))
     assert former == {"rope.json": (tmp_path / "rope.old1.json").read_bytes(),
                       "history.jsonl": (tmp_path / "history.old1.jsonl").read_bytes()}
-    assert f"starting afresh, {tmp_path / 'history.jsonl'} is now history.old1.jsonl" in capsys.readouterr().out
+    said = f"{tmp_path / 'history.jsonl'} is now history.old1.jsonl, {tmp_path / 'rope.json'} is now rope.old1.json"
+    assert f"starting afresh (--resume goes on with a history.jsonl): {said}" in capsys.readouterr().out
     assert same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_rope_json_without_its_history_is_set_aside_too(undisturbed, tiny, books, tmp_path, capsys, resume):
+    (tmp_path / "rope.json").write_text("of another search")
+    (tmp_path / "history.old1.jsonl").write_text("of a third")
+    search.main(command(tiny, books, tmp_path, *resume))
+    assert same(tmp_path, undisturbed)
+    capsys.readouterr()
+    search.main(command(tiny, books, tmp_path))
+    left = {path.name: path.read_text() for path in tmp_path.glob("*.old*")}
+    assert left.pop("rope.old1.json") == "of another search" and left.pop("history.old1.jsonl") == "of a third"
+    assert sorted(left) == ["history.old2.jsonl", "rope.old2.json"]
+    assert "is now history.old2.jsonl" in capsys.readouterr().out
 
 
 def test_a_finished_search_goes_on_with_more_iterations(undisturbed, tiny, books, tmp_path, monkeypatch, capsys):

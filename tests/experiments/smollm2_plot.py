@@ -1,4 +1,4 @@
-"""The two pictures of the experiment with SmolLM2, from the files that results/smollm2/COMMANDS.md names.
+"""The two pictures of the experiment with SmolLM2, from the files in results/smollm2, which COMMANDS.md there names.
 
     $ python tests/experiments/smollm2_plot.py results/smollm2 assets
 

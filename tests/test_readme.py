@@ -7,21 +7,20 @@ from importlib import import_module
 import pytest
 from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = ROOT / "results" / "smollm2" / "COMMANDS.md"
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("results/**/*.md")))}
+README, COMMANDS = PAGES[ROOT / "README.md"], PAGES[ROOT / "results" / "smollm2" / "COMMANDS.md"]
+SHORT = dict(re.findall(r"`(\w+)` is `(--[^`]+)`", COMMANDS))  # what some options are called on the pages in results/
 SCRIPTS = "search|finetune|eval_ppl|eval_passkey"
 
 
 def commands(text):
     """(script, arguments) of every command of one of the four scripts, in code blocks and between backticks. The pages
-    in results/ leave out python and abbreviate some options, as the top of smollm2's says."""
-    words = dict(re.findall(r"`(few|texts|to64|to128)` is `([^`]+)`", PAGES[COMMANDS]))
+    in results/ leave out python and have `SHORT` words for some options."""
     for code in re.findall(r"`([^`\n]+)`|^    (.+)$|^(python.+)$", text, re.MULTILINE):
         found = rf"(?:^|(?:python|torchrun) (?:[^&]* )?)({SCRIPTS})\.py( [^&]*|$)"
         for script, arguments in re.findall(found, "".join(code)):
-            yield script, re.sub(r"\b(few|texts|to64|to128)\b", lambda word: words[word[0]],
-                                 arguments.replace("--seed N", "--seed 0"))
+            words = arguments.replace("--seed N", "--seed 0").split(" ")
+            yield script, " ".join(SHORT.get(word, word) for word in words)
 
 
 @pytest.mark.parametrize(("script", "arguments"), sorted({c for text in PAGES.values() for c in commands(text)}))
@@ -34,7 +33,7 @@ def test_the_commands_are_found():
     assert list(commands(text)) == [("search", ""), ("finetune", " --len 4"), ("eval_ppl", " --len 1  # so")]
     assert len(set(commands(README))) > 30 and list(commands("`eval_ppl.py --len 1 texts`")) == [
         ("eval_ppl", " --len 1 --doc-tokens 524288 --data books/test")]
-    assert len(set(commands(PAGES[COMMANDS]))) > 15
+    assert len(set(commands(COMMANDS))) > 15 and set(SHORT) == {"few", "texts", "to64", "to128"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -715,8 +715,6 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
         raise UserError(f"device {device}: {str(e).splitlines()[0]}") from None
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not (path / "config.json").is_file():
-        raise UserError(f"model {path}: no config.json in it, so no Hugging Face directory")
     config = LlamaConfig.from_dict(read_json(path / "config.json"), str(path / "config.json"))
     if not sliding_window:
         config.sliding_window = config.hf["sliding_window"] = None
@@ -1203,7 +1201,7 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: {e}") from None
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None  # strerror leaves the path out
 
 
 def run(main, remedy="lower --len"):

@@ -5,8 +5,9 @@
 
 Two ways to score. Teacher-forced, the default, takes one forward pass: a hit if every token of the key is the argmax
 given all before it, which is when greedy decoding begins with the key's tokens. --generate is the paper's: greedy
-decoding, and the first number in the answer counts. In --out: passkey.json with every trial, written as they are made
-(the same command goes on where it was stopped), and passkey.png, a heat map for each rope.
+decoding, and the first number in the answer counts. In --out: passkey.jsonl with every trial, written as they are made
+(the same command goes on where it was stopped, also with more ropes, lengths and trials), and passkey.png, a heat map
+for each rope.
 """
 import argparse
 import random
@@ -19,22 +20,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval_ppl import ROPES, SCALES, earlier, resolve_ropes, rope_columns, unchanged
-from longrope import (
-    UserError,
-    add_arguments,
-    begin,
-    describe,
-    generate,
-    load_tokenizer,
-    rank,
-    run,
-    say,
-    spread,
-    warm_up,
-    world_size,
-    write_json,
-)
+from longrope import (ROPES, Journal, UserError, add_arguments, begin, describe, generate, load_tokenizer, natural,
+                      over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of, share_sequences,
+                      spread, warm_up, world_size)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prompt, and the answer.
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -44,12 +35,11 @@ QUESTION = "What is the pass key? The pass key is"
 ANSWER_TOKENS = 10  # decoded with --generate, as in the paper's code; more if the key itself has more
 
 
-def make_prompt(tokenizer, length, depth, key, filler=None):
+def make_prompt(tokenizer, length, depth, key):
     """Token ids of a prompt with its answer, exactly `length` of them, and how many of the last are the key's.
 
     depth 0 puts the key line at the start of the filler, 1 at its end. The prompt is built by token count: the filler
-    (token ids, by default the paper's sentences over and over) is cut in the middle of a sentence where it must be.
-    Behind the key line the paper's sentences begin anew, a filler of one's own goes on.
+    is cut in the middle of a sentence where it must be, and begins anew behind the key line.
     """
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -58,18 +48,13 @@ def make_prompt(tokenizer, length, depth, key, filler=None):
     answer = encode(f"{QUESTION} {key}")
     if answer[:len(question)] != question:
         raise UserError("this tokenizer joins the question's end with the key, so no prompt ends before the key")
-    newline = encode("\n")
+    newline, sentences = encode("\n"), encode(FILLER)
     room = length - len(task) - len(needle) - len(answer) - 2 * len(newline)
     if room < 0:
         raise UserError(f"a pass-key prompt takes at least {length - room} tokens, not {length}: raise --len")
     before = round(depth * room)
-    if filler:
-        front, back = filler[:before], filler[before:room]
-    else:
-        sentences = encode(FILLER)
-        sentences *= room // len(sentences) + 1
-        front, back = sentences[:before], sentences[:room - before]
-    tokens = task + front + newline + needle + back + newline + answer
+    filler = sentences * (room // len(sentences) + 1)
+    tokens = task + filler[:before] + newline + needle + filler[:room - before] + newline + answer
     return tokens, len(answer) - len(question)
 
 
@@ -80,17 +65,10 @@ def make_trials(seed, lengths, depths, count):
             for length in lengths for depth in np.linspace(0, 1, depths).tolist() for i in range(count)]
 
 
-@torch.inference_mode()
-def teacher_forced(model, tokens, count):
-    """The argmax at the places of the last `count` tokens, each given all the true ones before; their logits only."""
-    hidden = model.hidden(torch.tensor(tokens, device=model.unembedding.device)[None])[0, -count - 1:-1]  # (count, C)
-    return F.linear(hidden, model.unembedding).argmax(-1).tolist()
-
-
 def ask(model, tokenizer, trial, by_generating):
     """The trial with its answer. `exact`: greedy decoding begins with the key's own tokens; `hit` is what counts."""
     tokens, count = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
-    cuda = model.unembedding.device.type == "cuda"
+    cuda = model.unembedding.is_cuda
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
@@ -98,8 +76,9 @@ def ask(model, tokenizer, trial, by_generating):
         eos = model.config.hf.get("eos_token_id")
         answer = generate(model, torch.tensor(tokens[:-count]), max(count, ANSWER_TOKENS), trial["length"],
                           stop=eos if isinstance(eos, list) else [eos])
-    else:
-        answer = teacher_forced(model, tokens, count)
+    else:  # the argmax at the places of the key's tokens, each given all the true ones before
+        answer = over_window(model, torch.tensor(tokens), len(tokens) - count,
+                             lambda hidden, unembedding, _: F.linear(hidden, unembedding).argmax(-1)).long().tolist()
     seconds = time.perf_counter() - begun
     text, exact = tokenizer.decode(answer), answer[:count] == tokens[-count:]
     number = re.search(r"\d+", text)
@@ -108,36 +87,25 @@ def ask(model, tokenizer, trial, by_generating):
                     "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None}
 
 
-def summary(trials):
-    """A row for trials of one rope and length (and depth)."""
-    seconds = sum(t["seconds"] for t in trials)
-    return {"trials": len(trials), "hits": sum(t["hit"] for t in trials), "exact": sum(t["exact"] for t in trials),
-            "seconds": round(seconds, 3), "tokens_per_s": round(sum(t["length"] for t in trials) / max(seconds, 1e-4)),
-            "peak_gib": max(t["peak_gib"] or 0 for t in trials) or None}
+# =====================================================================================================================
+# Here the lesson ends. What follows is plumbing: the plot, arguments, the table.
 
 
-def rows_of(trials):
-    """Rows of passkey.json: one for each rope, length and depth."""
-    columns = ("rope", "length", "scale", "rope_sha256", "depth")
-    cells = {}
-    for t in trials:
-        cells.setdefault(tuple(t[c] for c in columns), []).append(t)
-    return [dict(zip(columns, cell)) | summary(mine) for cell, mine in cells.items()]
-
-
-def plot(rows, scoring, path):
+def plot(trials, scoring, path):
     """A panel for each rope: length across, depth down, accuracy as colour and number."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    ropes = list(dict.fromkeys(r["rope"] for r in rows))
-    lengths, depths = sorted({r["length"] for r in rows}), sorted({r["depth"] for r in rows})
+    ropes = list(dict.fromkeys(t["rope"] for t in trials))
+    lengths, depths = sorted({t["length"] for t in trials}), sorted({t["depth"] for t in trials})
     fig, panels = plt.subplots(1, len(ropes), figsize=(1.6 + len(ropes) * (0.9 + 0.55 * len(lengths)), 4.2),
                                sharey=True, squeeze=False, layout="constrained")
     for ax, rope in zip(panels[0], ropes):
-        accuracy = np.full((len(depths), len(lengths)), np.nan)
-        for r in (r for r in rows if r["rope"] == rope):
-            accuracy[depths.index(r["depth"]), lengths.index(r["length"])] = r["hits"] / r["trials"]
+        hits, asked = np.zeros((2, len(depths), len(lengths)))
+        for t in (t for t in trials if t["rope"] == rope):
+            hits[cell := (depths.index(t["depth"]), lengths.index(t["length"]))] += t["hit"]
+            asked[cell] += 1
+        accuracy = np.divide(hits, asked, out=np.full_like(hits, np.nan), where=asked > 0)
         image = ax.imshow(accuracy, vmin=0, vmax=1, cmap="cividis", aspect="auto")  # cividis: safe for the colour-blind
         for (y, x), a in np.ndenumerate(accuracy):
             if np.isfinite(a):
@@ -156,63 +124,65 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(p, data=False)
     p.add_argument("--rope", nargs="+", help=ROPES)
-    p.add_argument("--len", type=int, nargs="+", help="tokens of prompt and key (default: 8 times the model's window)")
-    p.add_argument("--depths", type=int, default=10, help="places of the key, evenly from start to end (default: 10)")
-    p.add_argument("--trials", type=int, default=1, help="keys for each length and depth (default: 1)")
+    p.add_argument("--len", type=natural, nargs="+",
+                   help="tokens of prompt and key (default: 8 times the model's window)")
+    p.add_argument("--depths", type=natural, default=10,
+                   help="places of the key, evenly from start to end (default: 10)")
+    p.add_argument("--trials", type=natural, default=1, help="keys for each length and depth (default: 1)")
     p.add_argument("--generate", action="store_true", help="the paper's scoring (default: teacher-forced)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/passkey-LEN, LEN the longest)")
     return p
 
 
 def main(argv=None):
-    begun, args = time.perf_counter(), parser().parse_args(argv)
+    args = parser().parse_args(argv)
     model = begin(args)
     tokenizer = load_tokenizer(args.model)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/passkey-{lengths[-1]}")
+    share_sequences(model, args.context_parallel, lengths)
     ropes = resolve_ropes(args.rope, lengths, model)
-    if min(args.depths, args.trials) < 1:
-        raise UserError("--depths and --trials must be at least 1")
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
-    for t in trials[:args.depths * args.trials]:
-        make_prompt(tokenizer, t["length"], t["depth"], t["key"])  # --len too short for its parts shows now
-    if args.generate:
-        model.check_length(lengths[-1] + ANSWER_TOKENS)
+    make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])  # --len too short for its parts shows now
+    if args.generate and model.context:
+        raise UserError("--generate keeps all keys in one process: leave out --context-parallel")
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
-    setup = describe(model, args) | {"scoring": scoring, "depths": args.depths, "seed": args.seed}
-    todo = {(name, length): [rope_columns(name, length, rope) | t for t in trials if t["length"] == length]
-            for (name, length), rope in ropes.items()}
-    done = unchanged(earlier(out / "passkey.json", setup, "trials"), ropes)
-    todo = {key: [t for t in mine if not any(t.items() <= d.items() for d in done)] for key, mine in todo.items()}
+    journal = Journal(out / "passkey.jsonl", describe(model, tokenizer) | {
+        "scoring": scoring, "depths": args.depths, "seed": args.seed}, recorded(args))
+    sha256 = {key: sha256_of(rope_to_dict(rope)) for key, rope in ropes.items()}
 
-    def save():
-        if rank() == 0:
-            write_json(out / "passkey.json", {"setup": setup, "arguments": vars(args) | {"out": str(out)},
-                                              "rows": rows_of(done), "trials": done})
-    warm_up(model, lengths[-1], begun)
-    say(f"pass key, {scoring}, {args.depths} depths, {args.trials} keys each; " + SCALES.format(window=model.window))
+    def place(t):
+        return t["rope_sha256"], t["length"], t["depth"], t["trial"]
+    known = {place(t): t for t in journal.rows}
+    todo = {key: [{"rope_sha256": sha256[key]} | t for t in trials if t["length"] == key[1]] for key in ropes}
+    warm_up(model, lengths[-1])
+    say(f"pass key, {scoring}, {args.depths} depths, {args.trials} keys each; s of pi, ntk and yarn is length / "
+        f"{model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}} {'length':>8} {'s':>6} {'trials':>6} {'hits':>5} {'accuracy':>8} {'exact':>5} {'seconds':>9} "
         f"{'tokens/s':>9} {'peak GiB':>8}")
-    left, saved = sum(t["length"] for mine in todo.values() for t in mine), time.perf_counter()
+    left = sum(t["length"] for mine in todo.values() for t in mine if place(t) not in known)
     bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
-    for (name, length), rope in ropes.items():
-        model.rope, mine = rope, todo[name, length]
-        for i in range(0, len(mine), world_size()):
-            done += spread(lambda t: ask(model, tokenizer, t, args.generate), mine[i:i + world_size()])
-            bar.update(sum(t["length"] for t in mine[i:i + world_size()]))
-            if time.perf_counter() - saved > 1:  # rather than after every trial, where these are quick
-                save()
-                saved = time.perf_counter()
-        row = summary([t for t in done if (t["rope"], t["length"]) == (name, length)])
-        say(f"{name:{wide}} {length:8} {rope.scale:6.4g} {row['trials']:6} {row['hits']:5} "
-            f"{row['hits'] / row['trials']:8.1%} {row['exact']:5} {row['seconds']:9.1f} {row['tokens_per_s']:9} "
-            f"{row['peak_gib'] or '-':>8}")
-        save()
+    together, rows = world_size() // args.context_parallel, []
+    for (name, length), mine in todo.items():
+        model.rope = ropes[name, length]
+        new = [t for t in mine if place(t) not in known]
+        for at in range(0, len(new), together):
+            for t in spread(lambda t: ask(model, tokenizer, t, args.generate), new[at:at + together],
+                            args.context_parallel):
+                journal.write({"rope": name, "scale": model.rope.scale} | t)
+                known[place(t)] = t
+                bar.update(length)
+        mine = [known[place(t)] | {"rope": name} for t in mine]
+        rows += mine
+        hits, seconds = sum(t["hit"] for t in mine), sum(t["seconds"] for t in mine)
+        say(f"{name:{wide}} {length:8} {model.rope.scale:6.4g} {len(mine):6} {hits:5} {hits / len(mine):8.1%} "
+            f"{sum(t['exact'] for t in mine):5} {seconds:9.1f} {length * len(mine) / max(seconds, 1e-4):9.0f} "
+            f"{max(t['peak_gib'] or 0 for t in mine) or '-':>8}")
     bar.close()
     if rank() == 0:
-        plot(rows_of(done), scoring, out / "passkey.png")
-    say(f"wrote {out / 'passkey.json'} and passkey.png")
+        plot(rows, scoring, out / "passkey.png")
+    say(f"wrote {out / 'passkey.jsonl'} and passkey.png")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
     $ python eval_ppl.py --rope none pi ntk yarn out/search-8192/rope.json --len 1024 2048 4096 8192
     $ torchrun --nproc-per-node 8 eval_ppl.py --model DIR --data books/ --len 32768 --stride 256
 
-In --out: ppl.json, a row for each rope and length, written as they are measured (the same command goes on where it was
-stopped); ppl.png, perplexity over length; ppl_position.png, perplexity over the position in the window.
+In --out: ppl.jsonl, a row for each rope and length, written as they are measured (the same command goes on where it was
+stopped, also with more ropes and lengths); ppl.png, perplexity over length; ppl_position.png, perplexity over the
+position in the window.
 """
 import argparse
-import hashlib
-import json
+import random
 import time
 from pathlib import Path
 
@@ -16,38 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longrope import (
-    NAMED,
-    UserError,
-    add_arguments,
-    begin,
-    data_hash,
-    describe,
-    forward_flops,
-    is_named,
-    load_tokenizer,
-    rank,
-    read_documents,
-    read_json,
-    resolve_rope,
-    run,
-    say,
-    set_aside,
-    spread,
-    utilisation,
-    warm_up,
-    window_nll,
-    windows,
-    write_json,
-)
+from longrope import (ROPES, Journal, UserError, add_arguments, begin, data_hash, describe, forward_flops,
+                      load_tokenizer, natural, perplexity, rank, read_documents, recorded, resolve_ropes, rope_to_dict,
+                      run, say, sha256_of, share_sequences, spread, utilisation, warm_up, whole, window_nll, windows)
 
-ROPES = ("none, pi, ntk, yarn, yarn:16 (s fixed), model (its directory's rope.json, or else its config.json), config "
-         "(config.json alone) or a rope.json (default: none pi ntk yarn, and model if it has a rope.json)")
+# ---------------------------------------------------------------------------------------------------------------------
+# A window of T tokens is read at once; which of its tokens count is up to how windows are laid over a document.
+
 BINS = 16  # of the window, for perplexity by position
-SCALES = ("s of pi, ntk and yarn is length / {window}, the model's window (yarn:16 fixes it); "
-          "attention factor 1 for pi and ntk, 0.1 ln s + 1 for yarn")
-COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")  # colour-blind safe
-MARKERS = "osD^vPX"
 
 
 def spans(tokens, length, stride):
@@ -61,93 +37,72 @@ def spans(tokens, length, stride):
     return [(0, 1)] + [(end - length, max(1, length - (end - before))) for before, end in zip(ends, ends[1:])]
 
 
-def document_nll(model, tokens, length, stride, advance=lambda tokens: None):
-    """Summed -log p and number of the tokens scored, by position in the window: two (BINS,)."""
-    sums, counts = np.zeros(BINS), np.zeros(BINS, dtype=np.int64)
-    for start, first in spans(len(tokens), length, stride):
-        nll = window_nll(model, tokens[start:start + length], first).numpy()  # (length - first,)
-        position = np.arange(first, length) * BINS // length
-        sums += np.bincount(position, nll, minlength=BINS)
-        counts += np.bincount(position, minlength=BINS)
-        advance(length)
-    return sums, counts
+def anywhere(tokens, length, count, seed, bos=None):
+    """`count` windows of a document, (length,) each: one from a random place in each of `count` equal parts of it, so
+    that not only beginnings are measured, and each with BOS first, as the model was trained."""
+    rng, text = random.Random(f"{seed} {length}"), length - (bos is not None)
+    last = len(tokens) - text  # a window begins there at the latest
+    starts = [int((i + rng.random()) * (last + 1) / count) for i in range(count)]
+    front = tokens[:0] if bos is None else torch.tensor([bos])
+    return [torch.cat((front, tokens[start:start + text])) for start in starts]
 
 
-def measure(model, documents, length, stride, advance):
-    """A row's measurements, the documents dealt to torchrun's processes."""
-    device = model.unembedding.device
-    cuda = device.type == "cuda"
+def nll_by_position(model, window, first):
+    """Summed -log p and number of the tokens first .. T-1 of a window, by position in it: two (BINS,)."""
+    nll, position = window_nll(model, window, first).numpy(), np.arange(first, len(window)) * BINS // len(window)
+    return np.bincount(position, nll, minlength=BINS), np.bincount(position, minlength=BINS)
 
-    def one(tokens):
-        sums, counts = document_nll(model, tokens, length, stride, advance)
-        return sums, counts, torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0
+
+def measure(model, scored, args, advance):
+    """A row's measurements: perplexity = exp(total NLL / total tokens) over windows [(tokens (T,), first), ...], dealt
+    to torchrun's processes."""
+    cuda = model.unembedding.is_cuda
+
+    def one(task):
+        found = *nll_by_position(model, *task), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
+        advance()
+        return found
     if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
-    results = spread(one, [d.tokens for d in documents])
+    results = spread(one, scored, args.context_parallel)
     seconds = time.perf_counter() - begun
-    read = work(documents, length, stride)
     sums, counts = sum(r[0] for r in results), sum(r[1] for r in results)  # in the order of the documents
-    nll, tokens = float(sums.sum()), int(counts.sum())
-    return {"documents": len(documents), "tokens": tokens, "stride": stride, "nll": nll, "ppl": perplexity(nll, tokens),
-            "ppl_by_position": list(map(perplexity, sums.tolist(), counts.tolist())),
+    length = len(scored[0][0])
+    return {"tokens": int(counts.sum()), "nll": float(sums.sum()), "ppl": perplexity(sums, counts.sum()),
+            "ppl_by_position": [perplexity([s], n) for s, n in zip(sums, counts)],
             "tokens_by_position": counts.tolist(), "seconds": round(seconds, 3),
-            "tokens_per_s": round(read / seconds),
-            "mfu": utilisation(forward_flops(model, length) * read / length, seconds, device),
+            "tokens_per_s": round(len(scored) * length / seconds),
+            "mfu": utilisation(forward_flops(model, length) * len(scored), seconds, model.unembedding.device),
             "peak_gib": round(max(r[2] for r in results), 2) or None}
 
 
-def perplexity(nll, tokens):
-    """exp(total NLL / total tokens), None of nothing."""
-    return float(np.exp(nll / tokens)) if tokens else None
+# =====================================================================================================================
+# Here the lesson ends. What follows is plumbing: documents, plots, arguments, the table.
 
 
-def percent(share):
-    return f"{share:.1%}" if share else "-"
-
-
-def work(documents, length, stride):
-    """Tokens that go through the model for a row. A sliding window reads most of them many times."""
-    return length * sum(len(spans(len(d.tokens), length, stride)) for d in documents)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What eval_passkey.py shares: ropes, the record of a measurement, rows kept over runs.
-
-
-def resolve_ropes(names, lengths, model):
-    """{(name, length): Rope}, all at once: a mistake in any shows before the first is measured."""
-    own = ["model"] if (model.path / "rope.json").exists() else []
-    return {(name, length): resolve_rope(None if name == "model" else name, model, length)
-            for length in lengths for name in dict.fromkeys(names or [*NAMED, *own])}
-
-
-def rope_columns(name, length, rope):
-    """What a row is for; the hash tells what a rope.json now holds from what it held in an earlier run."""
-    sha256 = hashlib.sha256(json.dumps(rope.to_dict()).encode()).hexdigest()[:16]
-    return {"rope": name, "length": length, "scale": rope.scale, "rope_sha256": sha256}
-
-
-def unchanged(rows, ropes):
-    """Those of earlier rows that stand: without the rows, at any length, of a rope.json that has changed since."""
-    now = {}
-    for (name, length), rope in ropes.items():
-        now.setdefault(name, set()).add(rope_columns(name, length, rope)["rope_sha256"])
-    return [r for r in rows if is_named(r["rope"]) or r["rope_sha256"] in now.get(r["rope"], {r["rope_sha256"]})]
-
-
-def earlier(path, setup, key):
-    """The list `key` of what an earlier run wrote to `path` if its setup agrees, else none and the file moved aside."""
-    def read(_):
-        old = read_json(path) if path.exists() else {"setup": setup, key: []}
-        if not (differs := [k for k in setup if old.get("setup", {}).get(k) != setup[k]]):
-            return old[key]
-        say(f"starting afresh, with another {', '.join(differs)}: {set_aside([path])}")
-        return []
-    return spread(read, [path])[0]  # the first process reads, all of them know
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+def read_windows(args, lengths, model):
+    """{length: (documents, stride, [(tokens, first), ...])}: what each row scores, the same for all ropes."""
+    tokenizer = load_tokenizer(args.model)
+    documents = read_documents(args.data, 5 * lengths[-1])
+    if args.windows:  # of whole documents
+        bos = model.config.hf.get("bos_token_id")
+        bos, found = (bos[0] if isinstance(bos, list) else bos), []
+        for _, text in documents:
+            tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.long)
+            if len(tokens) >= lengths[-1]:
+                found.append(tokens)
+            if len(found) == args.samples:
+                break
+        if not found:
+            raise UserError(f"no document of {lengths[-1]} tokens; give longer documents (--data) or a shorter --len")
+        return {n: (len(found), 0, [(w, 1) for d in found for w in anywhere(d, n, args.windows, args.seed, bos)])
+                for n in lengths}
+    total = args.doc_tokens or lengths[-1] + 10 * args.stride
+    found = [tokens for _, tokens in windows(documents, tokenizer, total, args.samples)]
+    strides = {n: args.stride or (n if args.doc_tokens else 0) for n in lengths}
+    return {n: (len(found), stride, [(d[start:start + n], first) for d in found for start, first in
+                                     spans(total, n, stride)]) for n, stride in strides.items()}
 
 
 def plot(rows, path):
@@ -156,8 +111,9 @@ def plot(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     ropes, lengths = list(dict.fromkeys(r["rope"] for r in rows)), sorted({r["length"] for r in rows})
-    style = {rope: {"label": rope.removesuffix("/rope.json"), "color": COLORS[i % 7], "marker": MARKERS[i % 7], "ms": 4}
-             for i, rope in enumerate(ropes)}
+    colors = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")  # colour-blind safe
+    style = {rope: {"label": rope.removesuffix("/rope.json"), "color": colors[i % 7], "marker": "osD^vPX"[i % 7],
+                    "ms": 4} for i, rope in enumerate(ropes)}
     over_length, ax = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for rope in ropes:
         mine = sorted((r for r in rows if r["rope"] == rope), key=lambda r: r["length"])
@@ -185,68 +141,62 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(p)
     p.add_argument("--rope", nargs="+", help=ROPES)
-    p.add_argument("--len", type=int, nargs="+", help="windows in tokens (default: 8 times the model's window)")
-    p.add_argument("--samples", type=int, default=10, help="documents (default: 10)")
-    p.add_argument("--stride", type=int, default=0,
+    p.add_argument("--len", type=natural, nargs="+", help="windows in tokens (default: 8 times the model's window)")
+    p.add_argument("--samples", type=natural, default=10, help="documents (default: 10)")
+    p.add_argument("--stride", type=whole, default=0,
                    help="tokens a sliding window moves by, 256 in the paper (default: 0, one window a document)")
-    p.add_argument("--doc-tokens", type=int,
+    p.add_argument("--doc-tokens", type=natural,
                    help="tokens to read of each document, cut into windows one after another, or overlapping with "
                    "--stride (default: one window of --len; with --stride the longest --len and 10 strides)")
-    p.add_argument("--bos", action="store_true", help="put the model's BOS first, if the tokenizer does not by itself")
+    p.add_argument("--windows", type=natural, metavar="N", help="instead N windows of each document from anywhere in "
+                   "it, by the seed, with the model's BOS first if it has one")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")
     return p
 
 
 def main(argv=None):
-    begun, args = time.perf_counter(), parser().parse_args(argv)
+    args = parser().parse_args(argv)
     model = begin(args)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/ppl-{lengths[-1]}")
+    share_sequences(model, args.context_parallel, lengths)
     ropes = resolve_ropes(args.rope, lengths, model)
-    total = lengths[-1] + 10 * args.stride if args.doc_tokens is None else args.doc_tokens
-    if args.samples < 1 or lengths[0] < 2 or not 0 <= args.stride < lengths[0]:
-        raise UserError("--samples must be at least 1, --len 2, --stride 0 or more and below the shortest --len")
-    if total < lengths[-1]:
-        raise UserError("--doc-tokens must be at least the longest --len")
-    strides = {length: args.stride or (length if args.doc_tokens else 0) for length in lengths}
-    bos = model.config.hf.get("bos_token_id") if args.bos else None
-    if args.bos and not isinstance(bos, int):
-        raise UserError(f"--bos: {args.model}: config.json names no bos_token_id")
-    tokenizer = load_tokenizer(args.model)
-    documents = windows(read_documents(args.data, 5 * total), tokenizer, total, args.samples, bos)
+    if lengths[0] < 2 or args.stride >= lengths[0] or args.doc_tokens and args.doc_tokens < lengths[-1]:
+        raise UserError("--len must be at least 2, --stride below the shortest, --doc-tokens at least the longest")
+    if args.windows and (args.stride or args.doc_tokens):
+        raise UserError("--windows goes without --stride and --doc-tokens")
+    scored = read_windows(args, lengths, model)
+    about = {n: {"documents": count, "windows": len(some), "stride": stride, "data_sha256": data_hash(
+        t for window, first in some for t in (window, torch.tensor([first])))}
+        for n, (count, stride, some) in scored.items()}
 
-    setup = describe(model, args) | {"data": [d.document for d in documents], "data_sha256": data_hash(documents),
-                                     "document_tokens": total, "stride": args.stride, "bos": args.bos}
-    rows = unchanged(earlier(out / "ppl.json", setup, "rows"), ropes)
-    wanted = {key: rope_columns(*key, rope) | {"stride": strides[key[1]]} for key, rope in ropes.items()}
-    same = {key: next((r for r in rows if columns.items() <= r.items()), None) for key, columns in wanted.items()}
-
-    warm_up(model, lengths[-1], begun)
-    say("perplexity, " + (f"windows moving by {args.stride or 'their length'} over {total} tokens of each document"
-                          if any(strides.values()) else "one window a document") + "; " +
-        SCALES.format(window=model.window))
+    journal = Journal(out / "ppl.jsonl", describe(model, load_tokenizer(args.model)), recorded(args))
+    rows = []
+    warm_up(model, lengths[-1])
+    say(f"perplexity; s of pi, ntk and yarn is length / {model.window}, the model's window (yarn:16 fixes it); "
+        "attention factor 1 for pi and ntk, 0.1 ln s + 1 for yarn")
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}} {'length':>8} {'s':>6} {'documents':>9} {'tokens':>9} {'perplexity':>10} {'seconds':>9} "
         f"{'tokens/s':>9} {'MFU':>6} {'peak GiB':>8}")
-    left = sum(work(documents, length, strides[length]) for (_, length), row in same.items() if not row)
-    bar, done = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left), 0
+    columns = {key: {"rope_sha256": sha256_of(rope_to_dict(rope)), "length": key[1], **about[key[1]]}
+               for key, rope in ropes.items()}
+    known = {key: next((r for r in journal.rows if c.items() <= r.items()), None) for key, c in columns.items()}
+    left = sum(n * len(scored[n][2]) for (_, n), row in known.items() if not row)
+    bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
     for (name, length), rope in ropes.items():
-        row = same[name, length]
-        if not row:
-            model.rope = rope
-            row = rope_columns(name, length, rope) | measure(model, documents, length, strides[length], bar.update)
-            rows = [r for r in rows if (r["rope"], r["length"]) != (name, length)] + [row]
-            done += work(documents, length, strides[length])
-            bar.update(done - bar.n)  # what other processes did
-            if rank() == 0:
-                arguments = vars(args) | {"out": str(out)}
-                write_json(out / "ppl.json", {"setup": setup, "arguments": arguments, "rows": rows})
+        model.rope = rope
+        if not (row := known[name, length]):
+            row = {"rope": name, "scale": rope.scale} | columns[name, length] | measure(
+                model, scored[length][2], args, lambda n=length: bar.update(n))
+            journal.write(row)
+        rows.append(row | {"rope": name})
         say(f"{name:{wide}} {length:8} {row['scale']:6.4g} {row['documents']:9} {row['tokens']:9} {row['ppl']:10.3f} "
-            f"{row['seconds']:9.1f} {row['tokens_per_s']:9} {percent(row['mfu']):>6} {row['peak_gib'] or '-':>8}")
+            f"{row['seconds']:9.1f} {row['tokens_per_s']:9} {100 * (row['mfu'] or 0):5.1f}% "
+            f"{row['peak_gib'] or '-':>8}")
     bar.close()
     if rank() == 0:
         plot(rows, out)
-    say(f"wrote {out / 'ppl.json'}, ppl.png and ppl_position.png")
+    say(f"wrote {out / 'ppl.jsonl'}, ppl.png and ppl_position.png")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
 
 One layer of Llama-3-8B's shape and a small model (random weights of SmolLM2-135M's shape, or --model), in bfloat16. In
 one run: the rate of a large matrix product, the ceiling; transformers, uncompiled as it is delivered, with PyTorch's
-attention; this repository with flash-attn-4 and with PyTorch's cuDNN alone. The programs take turns, so that a clock
-that sinks as the GPU warms is the same for all. Each row: seconds (median of the turns), tokens/s, TFLOP/s, its share
-of the ceiling, peak memory above weights and input, how much the result differs from transformers' (root mean square,
-relative), and in the JSON the fastest and slowest turn and the kernels that take longest.
+attention; this repository with flash-attn-4, where it is installed, and with the kernel that PyTorch chooses. They take
+turns, so that a clock that sinks as the GPU warms is the same for all. Each row: seconds (median of the turns),
+tokens/s, TFLOP/s, its share of the ceiling, peak memory above weights and input, how much the result differs from
+transformers' (root mean square, relative), and in the JSON the fastest and slowest turn and the longest kernels.
 """
 import argparse
 import json
@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,34 +29,37 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune  # noqa: E402
-from longrope import (  # noqa: E402
-    Llama,
-    LlamaConfig,
-    attention_kernel,
-    compile_blocks,
-    forward_flops,
-    is_installed,
-    load_model,
-    use_attention,
-    versions,
-)
+import longrope  # noqa: E402
+from longrope import Llama, attention_kernel, forward_flops, load_model, read_config, recorded  # noqa: E402
 
 LLAMA3 = {"model_type": "llama", "vocab_size": 256, "hidden_size": 4096, "intermediate_size": 14336,
           "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
           "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": True}
 SMOLLM2 = LLAMA3 | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
                     "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000.0}
-OURS = [kernel for kernel in ("flash-attn-4", "cudnn") if kernel == "cudnn" or is_installed(kernel)]
+FLASH = longrope.has_flash_attn_4
 
 
 def ours_of(config):
     """Our model with random weights, the same every time."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Llama(LlamaConfig.from_dict(config)).to(torch.bfloat16).requires_grad_(False)
+        model = Llama(read_config(config)).to(torch.bfloat16).requires_grad_(False)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
     return model
+
+
+def with_kernels(model, step):
+    """{name: step} with each attention kernel of ours."""
+    def forced(flash):
+        longrope.has_flash_attn_4 = flash
+        return step()
+    found = {}
+    for flash in [True] * FLASH + [False]:
+        longrope.has_flash_attn_4 = flash
+        found[attention_kernel(model).removesuffix("_attention")] = partial(forced, flash)
+    return found
 
 
 def timed(step):
@@ -67,46 +71,43 @@ def timed(step):
     return time.perf_counter() - begun, result
 
 
+def gib_of(step):
+    """What a step has at most above what there is before it, in GiB, its result and its seconds."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds, result = timed(step)
+    return (torch.cuda.max_memory_allocated() - before) / 2**30, result, seconds
+
+
 def kernels_of(step, most=15):
     """[[milliseconds, calls, name], ...] of the kernels that take longest in one step, and of all together."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
-        step()
-        torch.cuda.synchronize()
+        timed(step)
     found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     rows = [[round(event.self_device_time_total / 1000, 2), event.count, event.key[:160]] for event in found]
     return [[round(sum(row[0] for row in rows), 2), sum(row[1] for row in rows), "all"], *rows[:most]]
 
 
-def ceiling():
-    """FLOP/s of a bf16 matrix product of 8192^3, random numbers."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-
-    def products():
-        for _ in range(20):
-            a @ b
-    return 20 * 2 * 8192**3 / statistics.median(timed(products)[0] for _ in range(4))
-
-
 class Table:
     def __init__(self, args):
-        self.out, self.ceiling, self.rows = args.out, ceiling(), []
-        self.about = {"model": args.model or "random weights", "ceiling_tflops": self.ceiling / 1e12, **versions(),
-                      **{name: version(name) for name in ("transformers", "flash-attn-4") if is_installed(name)}}
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        took = statistics.median(timed(lambda: [a @ b for _ in range(20)])[0] for _ in range(4))
+        self.out, self.ceiling, self.rows, ran = args.out, 20 * 2 * 8192**3 / took, [], recorded(args)
+        self.about = {"model": args.model or "random weights", "ceiling_tflops": self.ceiling / 1e12,
+                      **{key: ran[key] for key in ("python", "torch", "device")},
+                      **{name: version(name) for name in ["transformers"] + ["flash-attn-4"] * FLASH}}
         print(f"matrix product 8192^3: {self.ceiling / 1e12:.0f} TFLOP/s\n{'work':36} {'program':14} {'seconds':>8} "
               f"{'ratio':>6} {'tokens/s':>9} {'TFLOP/s':>8} {'share':>6} {'GiB':>7} {'ratio':>6} {'difference':>10}",
               flush=True)
 
-    def add(self, work, tokens, flops, programs, turns=5):
-        """Measure and print. programs: {name: step}; the first is what the others are compared with, if it can run."""
+    def compare(self, work, tokens, flops, programs, turns=5):
+        """Measure programs {name: step}; the first is what the others are compared with, if it can run."""
         results, gib, took, first = {}, {}, {name: [] for name in programs}, next(iter(programs))
         for name, step in list(programs.items()):
             try:
                 step()  # compiles, and warms up
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                result = step()
-                gib[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+                gib[name], result, _ = gib_of(step)
                 results[name] = result.cpu().float()
                 del result
             except torch.OutOfMemoryError:
@@ -118,31 +119,23 @@ class Table:
             for name, step in programs.items():
                 took[name].append(timed(step)[0])
         for name, step in programs.items():
-            seconds, reference = statistics.median(took[name]), results.get(first)
-            row = {"work": work, "program": name, "seconds": seconds, "fastest": min(took[name]),
-                   "slowest": max(took[name]), "turns": turns, "tokens_per_s": tokens / seconds,
-                   "tflops": flops / seconds / 1e12, "share_of_ceiling": flops / seconds / self.ceiling,
-                   "gib": gib[name]}
+            more, reference = {"fastest": min(took[name]), "slowest": max(took[name])}, results.get(first)
             if reference is not None:
-                row |= {"time_ratio": seconds / statistics.median(took[first]), "memory_ratio": gib[name] / gib[first],
-                        "difference": ((results[name] - reference).norm() / reference.norm()).item()}
-            self.rows.append(row | {"kernels": kernels_of(step)})
-            print(f"{work:36} {name:14} {seconds:8.3f} {row.get('time_ratio', math.nan):6.2f} "
-                  f"{row['tokens_per_s']:9.3g} {row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib[name]:7.2f} "
-                  f"{row.get('memory_ratio', math.nan):6.2f} {row.get('difference', math.nan):10.2g}", flush=True)
-        self.save()
+                more |= {"time_ratio": statistics.median(took[name]) / statistics.median(took[first]),
+                         "memory_ratio": gib[name] / gib[first],
+                         "difference": ((results[name] - reference).norm() / reference.norm()).item()}
+            self.add(work, name, tokens, flops, statistics.median(took[name]), gib[name], **more, turns=turns,
+                     kernels=kernels_of(step))
 
-    def save(self):
+    def add(self, work, program, tokens, flops, seconds, gib, **more):
+        row = {"work": work, "program": program, "seconds": seconds, "tokens_per_s": tokens / seconds,
+               "tflops": flops / seconds / 1e12, "share_of_ceiling": flops / seconds / self.ceiling, "gib": gib, **more}
+        self.rows.append(row)
+        print(f"{work:36} {program:14} {seconds:8.3f} {row.get('time_ratio', math.nan):6.2f} "
+              f"{row['tokens_per_s']:9.3g} {row['tflops']:8.0f} {row['share_of_ceiling']:6.1%} {gib:7.2f} "
+              f"{row.get('memory_ratio', math.nan):6.2f} {row.get('difference', math.nan):10.2g}", flush=True)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.about | {"rows": self.rows}, indent=1) + "\n")
-
-
-def with_kernel(kernel, step):
-    """The step with that attention kernel of ours."""
-    def forced():
-        use_attention(kernel)
-        return step()
-    return forced
 
 
 def layer(table, tokens, training):
@@ -157,9 +150,7 @@ def layer(table, tokens, training):
     grad = torch.randn_like(x) if training else None
     cos, sin = model.rope.table(tokens, x.device)
     both = tuple(torch.cat((t, t), -1)[None].to(x.dtype) for t in (cos, sin))
-    per_token = 2 * sum(p.numel() for p in block.parameters())
-    flops = per_token * tokens + 2 * tokens**2 * 32 * 128
-    work = f"Llama-3-8B layer, {'training step' if training else 'forward'}, {tokens}"
+    flops = 2 * sum(p.numel() for p in block.parameters()) * tokens + 2 * tokens**2 * 32 * 128
 
     def step(forward, module):
         if not training:
@@ -177,13 +168,12 @@ def layer(table, tokens, training):
         return out[0] if isinstance(out, tuple) else out
     # transformers' own checkpointing computes all of a layer again, ours all but attention's output
     checkpointed = theirs if not training else lambda x: checkpoint(theirs, x, use_reentrant=False)
-    compile_blocks(model)
     if training:
         finetune.recompute(model)
-    times = 3 if training else 1  # backward takes twice forward; what is computed again is not counted
-    table.add(work, tokens, times * flops, {"transformers": lambda: step(checkpointed, hf)} | {
-        kernel: with_kernel(kernel, lambda: step(lambda x: block(x, cos, sin), block)) for kernel in OURS})
-    use_attention(None)
+    flops *= 3 if training else 1  # backward takes twice forward; what is computed again is not counted
+    work = f"Llama-3-8B layer, {'training step' if training else 'forward'}, {tokens}"
+    table.compare(work, tokens, flops, {"transformers": lambda: step(checkpointed, hf)} | with_kernels(
+        model, lambda: step(lambda x: block(x, cos, sin), block)))
 
 
 def whole_model(table, path, tokens):
@@ -192,10 +182,8 @@ def whole_model(table, path, tokens):
     if path:
         model, hf = load_model(path), LlamaForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda()
     else:
-        model = ours_of(SMOLLM2)
-        hf = LlamaForCausalLM(HFConfig(**SMOLLM2)).to("cuda", torch.bfloat16)
+        model, hf = ours_of(SMOLLM2), LlamaForCausalLM(HFConfig(**SMOLLM2)).to("cuda", torch.bfloat16)
         hf.load_state_dict(model.state_dict() | {"lm_head.weight": model.unembedding})
-        compile_blocks(model)
     hf.requires_grad_(False)
     ids = torch.randint(model.config.vocab_size, (1, tokens), device="cuda",
                         generator=torch.Generator("cuda").manual_seed(0))
@@ -204,31 +192,20 @@ def whole_model(table, path, tokens):
     def logits(hidden):
         return hidden[0, 7168:8192] @ model.unembedding.T
     with torch.inference_mode():
-        table.add(f"SmolLM2-135M, forward, {tokens}", tokens, flops, {
-            "transformers": lambda: logits(hf.model(ids, use_cache=False)[0])} | {
-            kernel: with_kernel(kernel, lambda: logits(model.hidden(ids))) for kernel in OURS})
-    use_attention(None)
+        table.compare(f"SmolLM2-135M, forward, {tokens}", tokens, flops, {
+            "transformers": lambda: logits(hf.model(ids, use_cache=False)[0])} | with_kernels(
+            model, lambda: logits(model.hidden(ids))))
 
 
+@torch.inference_mode()
 def two_million(table, layers=2, tokens=2**21):
-    """2,097,152 tokens through some layers of Llama-3-8B, head by head, once."""
+    """2,097,152 tokens through some layers of Llama-3-8B, some heads at a time, once."""
     model = ours_of(LLAMA3 | {"num_hidden_layers": layers})
     ids = torch.randint(256, (1, tokens), device="cuda")
-    kernel, flops = attention_kernel("cuda", torch.bfloat16, 128, True), forward_flops(model, tokens)
-    with torch.inference_mode():
-        model.hidden(ids[:, :tokens // 4])  # warms up; some heads at a time already
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        seconds, _ = timed(lambda: model.hidden(ids))
-    row = {"work": f"Llama-3-8B, {layers} layers, {tokens}", "program": kernel, "seconds": seconds,
-           "tokens_per_s": tokens / seconds, "tflops": flops / seconds / 1e12,
-           "share_of_ceiling": flops / seconds / table.ceiling,
-           "gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
-    table.rows.append(row)
-    print(f"{row['work']:36} {kernel:14} {seconds:8.3f} {'':6} {row['tokens_per_s']:9.3g} {row['tflops']:8.0f} "
-          f"{row['share_of_ceiling']:6.1%} {row['gib']:7.2f}")
-    table.save()
+    model.hidden(ids[:, :tokens // 4])  # warms up
+    gib, _, seconds = gib_of(lambda: model.hidden(ids))
+    table.add(f"Llama-3-8B, {layers} layers, {tokens}", attention_kernel(model), tokens, forward_flops(model, tokens),
+              seconds, gib)
 
 
 def main():

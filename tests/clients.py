@@ -140,23 +140,22 @@ def make_model(source, path):
     """The exported model, in float32, with factors and attention factors that no client would take by itself."""
     import numpy as np
 
-    from longrope import Rope, load_model, save_model
+    from longrope import Factors, load_model, resolve_rope, save_model
     model = load_model(source, "config", device="cpu", dtype="float32")
-    long, short = Rope.named(f"yarn:{SCALE}", model.config, None), model.config.rope.trained
-    stretch = np.linspace(1, 1.3, len(long.rescale_factors))
-    short = replace(short, rescale_factors=tuple((short.rescale_factors * stretch).tolist()), attention_factor=0.9)
-    model.rope = replace(long, rescale_factors=tuple((long.rescale_factors * stretch).tolist()), short=short,
+    stretch = Factors(tuple(np.linspace(1, 1.3, model.config.head_dim // 2).tolist()), attention_factor=0.9)
+    rope = resolve_rope(f"yarn:{SCALE}", model)
+    model.rope = replace(rope, long=rope.long.on(stretch), short=stretch.on(rope.trained),
                          short_max_length=model.window)
     save_model(model, path, model.unembedding.dtype)
     return load_model(path, device="cpu", dtype="float32")
 
 
-def reference(model, rope, prompt):
-    """(the tokens that `generate` says under this rope, the smallest gap of the two best logits on the way)"""
+def reference(model, factors, prompt):
+    """(the tokens that `generate` says under this set, the smallest gap of the two best logits on the way)"""
     import torch
 
     from longrope import generate
-    model.rope = rope
+    model.rope = replace(model.rope, long=factors, short=None)
     tokens = generate(model, torch.tensor(prompt), COUNT)
     with torch.inference_mode():
         best = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1:-1].topk(2).values
@@ -165,7 +164,7 @@ def reference(model, rope, prompt):
 
 def compare(client, python, model, rope, texts, work):
     """Yield a row of the table for each mode of the client and each prompt."""
-    window, long, short = rope.original_max_position_embeddings, replace(rope, short=None), rope.short
+    window, long, short = rope.original_max_position_embeddings, rope.long, rope.short
     pairs = [replace(s, attention_factor=f.attention_factor) for s in (long, short) for f in (long, short)]
     one_factor = replace(short, attention_factor=long.attention_factor)
     factor = {"yarn_attn_factor": short.attention_factor / long.attention_factor}
@@ -193,7 +192,8 @@ def parser():
     p.add_argument("--model", default=ROOT / "assets" / "model", help="a Llama (default: the bundled model)")
     p.add_argument("--clients", nargs="+", choices=list(CLIENTS), default=list(CLIENTS), help="default: all")
     p.add_argument("--envs", type=Path, default=ROOT / "out" / "clients", help="default: out/clients")
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "clients.json", help="default: results/clients.json")
+    p.add_argument("--out", type=Path, default=ROOT / "results" / "clients" / "clients.json",
+                   help="default: results/clients/clients.json")
     p.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # run the client, in its environment
     return p
 
@@ -208,19 +208,19 @@ def main():
         args.job.write_text(json.dumps(tokens))
         return
     sys.path.insert(0, str(ROOT))
-    from longrope import describe, load_tokenizer, read_documents, windows, write_json
+    from longrope import describe, load_tokenizer, read_documents, recorded, rope_to_dict, windows, write_json
     rows, errors = [], []
     print(f"{'client':<24}{'mode':<19}{'prompt tokens':<15}{f'equal of {COUNT}':<13}{'first difference':<18}"
           f"{'confusable':<12}gap")
     with tempfile.TemporaryDirectory() as work:
         model = make_model(args.model, Path(work) / "model")
-        rope, length = model.rope, 6 * model.window
-        found = windows(read_documents([], 8 * length), load_tokenizer(args.model), length, 4)
+        rope, length, tokenizer = model.rope, 6 * model.window, load_tokenizer(args.model)
+        found, about = windows(read_documents([], 8 * length), tokenizer, length, 4), describe(model, tokenizer)
         for client in args.clients:
             name, number = next(iter(CLIENTS[client].items()))
             try:
                 python = environment(client, args.envs)
-                for r in compare(client, python, model, rope, [w.tokens.tolist() for w in found], Path(work)):
+                for r in compare(client, python, model, rope, [tokens.tolist() for _, tokens in found], Path(work)):
                     first = "-" if r["first_difference"] is None else r["first_difference"]
                     print(f"{f'{name} {number}':<24}{r['mode']:<19}{r['prompt_tokens']:<15}{r['equal']:<13}{first:<18}"
                           f"{r['confusable']:<12}{r['gap']:.4f}", flush=True)
@@ -229,9 +229,8 @@ def main():
                 errors.append(str(e))
                 print(f"clients.py: {e}", file=sys.stderr)
         args.model = os.path.relpath(args.model, ROOT)
-        write_json(args.out, {**describe(model, args), "clients": {c: CLIENTS[c] for c in args.clients},
-                              "data": [w.document for w in found], "rope": rope.to_dict(),
-                              "errors": errors, "rows": rows})
+        write_json(args.out, {**about, **recorded(args), "clients": {c: CLIENTS[c] for c in args.clients}, "data": [
+            name for name, _ in found], "rope": rope_to_dict(rope), "errors": errors, "rows": rows})
     sys.exit(bool(errors) or any(r["equal"] < COUNT for r in rows))
 
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or huggingface_hub is imported: no test needs a network
-# One thread, before torch is imported: tiny models gain nothing from more, and on a busy machine threads wait for each
-# other fifty times longer than they work. The scripts that the tests start inherit it.
+# Before the imports: no test needs a network; and one thread, for on a busy machine the threads of tiny models wait for
+# each other fifty times longer than they work. The scripts that the tests start inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -34,31 +34,24 @@ WORDS = ("the a of and in to it was that he she they river mountain letter windo
 
 def prose(seed, words):
     """Sentences of random words, the same for the same seed."""
-    rng = random.Random(seed)
-    sentences = []
+    rng, sentences = random.Random(seed), []
     while words > 0:
-        length = rng.randint(4, 14)
-        sentences.append(" ".join(rng.choices(WORDS.split(), k=length)).capitalize() + ".")
-        words -= length
+        sentences.append(" ".join(rng.choices(WORDS.split(), k=rng.randint(4, 14))).capitalize() + ".")
+        words -= sentences[-1].count(" ") + 1
     return " ".join(sentences)
 
 
-def tiny_config(**changes):
-    return transformers.LlamaConfig(**{
-        "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": HEAD_DIM,  # not hidden_size / heads: no test passes by that coincidence
-        "max_position_embeddings": WINDOW,
-        "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": True, "bos_token_id": BOS, "eos_token_id": EOS,
-        "initializer_range": 0.1,  # five times the usual, so that attention, and with it the rope, matters
-        **changes})
-
-
 def save_tiny(path, shard="5GB", **changes):
-    """Write a random tiny Llama as transformers does, and return transformers' own model of it."""
+    """Write a random tiny Llama as transformers does, and return transformers' own model of it. head_dim is not
+    hidden_size / heads, so that no test passes by that coincidence; initializer_range is five times the usual, so that
+    attention, and with it the rope, matters."""
+    config = {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HEAD_DIM, "initializer_range": 0.1,
+              "max_position_embeddings": WINDOW, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+              "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "bos_token_id": BOS,
+              "eos_token_id": EOS}
     torch.manual_seed(0)
-    hf = transformers.LlamaForCausalLM(tiny_config(**changes)).eval()
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | changes)).eval()
     for name, weight in hf.named_parameters():
         if name.endswith("norm.weight"):  # ones would hide a norm that forgets its weight
             weight.data.uniform_(0.5, 1.5)
@@ -68,21 +61,24 @@ def save_tiny(path, shard="5GB", **changes):
     return hf
 
 
+def edit_config(path, **changes):
+    """Change the config.json of a directory; `...` takes a key away."""
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
 def hf_logits(hf, tokens):
     with torch.no_grad():
         return hf(tokens, use_cache=False).logits
 
 
-class OurTable(torch.nn.Module):
-    """Stands in for transformers' rotary embedding and gives out the table of one of our ropes."""
-
-    def __init__(self, rope):
-        super().__init__()
-        self.rope = rope
-
-    def forward(self, x, position_ids):
-        cos, sin = self.rope.table(x.shape[1])
-        return torch.cat((cos, cos), -1)[None].to(x.dtype), torch.cat((sin, sin), -1)[None].to(x.dtype)
+def assert_same_logits(model, hf, *lengths):
+    """Of our model and of transformers', on random tokens."""
+    for length in lengths:
+        tokens = random_tokens(length)
+        ours, theirs = model(tokens), hf_logits(hf, tokens)
+        assert ours.shape == (1, length, VOCAB) and theirs.std() > 0.1  # there is something to compare
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def random_tokens(length, seed=0, vocab=VOCAB):
@@ -104,6 +100,14 @@ def signalling(last, *numbers, ranks=range(8)):
             os.kill(os.getpid(), number)
         return batch_of(data, step, *rest)
     return signalled
+
+
+def make_rope(rescale_factors, scale, n_hat=0, attention_factor=None, rope_theta=10000.0, window=WINDOW):
+    """A Rope with these long factors and the usual attention factor unless one is given; plain up to the window."""
+    plain = longrope.plain(len(rescale_factors))
+    factor = longrope.su_factor(scale, window) if attention_factor is None else attention_factor
+    long = longrope.Factors(tuple(map(float, rescale_factors)), n_hat, factor)
+    return longrope.Rope(rope_theta, window, plain, long, scale, plain, window)
 
 
 def run_script(name, *arguments):
@@ -161,7 +165,7 @@ def tiny_model(tiny):
 @pytest.fixture
 def tiny_rope():
     """A searched-looking rope for four times the tiny window."""
-    return longrope.Rope.longrope(random_factors(1, 4), 10000.0, WINDOW, 4.0)
+    return make_rope(random_factors(1, 4), 4.0)
 
 
 @pytest.fixture(scope="session")

@@ -1,277 +1,236 @@
 """Perplexity against an independent computation with transformers; rows that are kept, continued, the same anywhere."""
+import gc
 import json
-import subprocess
-import sys
-from dataclasses import replace
+import shutil
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WINDOW, complaint
-from tokenizers import Tokenizer
+import torch.nn.functional as F
+from conftest import BOS, WINDOW, complaint, edit_config, hf_logits, read_lines, save_tiny
+from test_finetune_distributed import spawn
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_ppl
 import longrope
-from longrope import BUNDLED_MODEL, load_model, load_tokenizer, read_documents, save_model, window_nll, windows
+from longrope import (BUNDLED_MODEL, Journal, load_model, load_tokenizer, read_documents, rope_to_dict, run, save_model,
+                      window_nll, windows, write_json)
 
-TIMES = ("seconds", "tokens_per_s", "peak_gib", "out")
 
-
-def without_times(value):
-    """The same without what differs from run to run."""
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
+def results(path):
+    """The rows of a journal without what differs from run to run."""
+    rows = [row for row in read_lines(path) if not {"setup", "run"} & row.keys()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s", "peak_gib")} for row in rows]
 
 
 def ppl(out, *arguments):
+    gc.collect()  # an earlier run's journal, and with it its lock
     eval_ppl.main([*map(str, arguments), "--out", str(out), "--device", "cpu"])
-    return json.loads((out / "ppl.json").read_text())
+    return results(out / "ppl.jsonl")
+
+
+def run_script(script, *arguments):
+    run(lambda: import_module(script).main([*map(str, arguments), "--device", "cpu"]))
 
 
 def with_transformers(path, texts, length, tokens, stride):
-    """Perplexity by transformers alone: a plain loop over windows, float32, exp of the mean over all scored tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    """(perplexity, scored tokens) by transformers alone: a plain loop over windows, in float32."""
+    tokenizer, nll = AutoTokenizer.from_pretrained(path), torch.empty(0, dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    nll, count = 0.0, 0
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids[0, :tokens]
         scored_to, end = 1, length  # the tokens before `scored_to` are done; the first has nothing before it
         while scored_to < len(ids):
             window = ids[end - length:end]
-            with torch.no_grad():
-                logp = model(window[None], use_cache=False).logits[0].double().log_softmax(-1)
-            for i in range(scored_to, end):
-                nll -= logp[i - (end - length) - 1, ids[i]].item()
-                count += 1
+            found = F.cross_entropy(hf_logits(model, window[None])[0, :-1].double(), window[1:], reduction="none")
+            nll = torch.cat((nll, found[scored_to - end:]))
             scored_to, end = end, min(end + (stride or length), len(ids))
-    return np.exp(nll / count), count
+    return nll.mean().exp().item(), len(nll)
 
 
-@pytest.mark.parametrize("stride", [0, 256])
-def test_perplexity_of_the_bundled_model_is_that_of_transformers(tmp_path, stride):
-    tokens = 1024 if stride else 512
-    found = ppl(tmp_path, "--rope", "none", "--len", 512, "--stride", stride, "--samples", 2,
-                *(["--doc-tokens", tokens] if stride else []))["rows"][0]
-    texts = [text for (_, text), _ in zip(read_documents([], 5 * tokens), range(2))]
-    expected, count = with_transformers(BUNDLED_MODEL, texts, 512, tokens, stride)
-    assert found["tokens"] == count == 2 * (tokens - 1)
-    assert found["ppl"] == pytest.approx(expected, rel=1e-3)
+def test_perplexity_of_the_bundled_model_is_that_of_transformers(tmp_path):
+    row, = ppl(tmp_path, "--rope", "none", "--len", 512, "--stride", 256, "--samples", 2, "--doc-tokens", 1024)
+    texts = [text for (_, text), _ in zip(read_documents([], 5 * 1024), range(2))]
+    expected, scored = with_transformers(BUNDLED_MODEL, texts, 512, 1024, 256)
+    assert row["tokens"] == scored == 2 * 1023 and row["ppl"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("stride", [0, 48])
 def test_perplexity_beyond_the_window_is_that_of_transformers_with_the_same_factors(tmp_path, tiny_model, tiny_rope,
                                                                                     books, stride):
-    tiny_rope.save(tmp_path / "rope.json")
+    write_json(tmp_path / "rope.json", rope_to_dict(tiny_rope))
     tiny_model.rope = tiny_rope
     save_model(tiny_model, tmp_path / "exported", dtype=torch.float32)
     tokens = 200 if stride else 128  # 200 = 128 + 48 + 24: the last window moves by less
-    command = ["--model", tiny_model.path, "--rope", tmp_path / "rope.json", "none", "--len", 128, "--stride", stride,
-               "--samples", 3, "--data", books, *(["--doc-tokens", tokens] if stride else [])]
-    found = ppl(tmp_path, *command)["rows"]
+    common = ["--len", 128, "--stride", stride, "--samples", 3, "--data", books, *["--doc-tokens", tokens][:2 * stride]]
+    given, = ppl(tmp_path / "given", "--model", tiny_model.path, "--rope", tmp_path / "rope.json", *common)
     texts = [(books / f"book{i}.txt").read_text() for i in range(3)]
-    expected, count = with_transformers(tmp_path / "exported", texts, 128, tokens, stride)
-    assert found[0]["tokens"] == count == 3 * (tokens - 1)
-    assert found[0]["ppl"] == pytest.approx(expected, rel=1e-3)
-    assert abs(found[1]["ppl"] / expected - 1) > 0.01  # another rope would have shown
+    expected, scored = with_transformers(tmp_path / "exported", texts, 128, tokens, stride)
+    assert given["tokens"] == scored == 3 * (tokens - 1) and given["ppl"] == pytest.approx(expected, rel=1e-4)
+    own = ppl(tmp_path / "own", "--model", tmp_path / "exported", *common)  # a model's own rope is there by default
+    assert [r["rope"] for r in own] == ["none", "pi", "ntk", "yarn", "model"]
+    assert own[-1]["nll"] == given["nll"] and abs(own[0]["ppl"] / expected - 1) > 0.01
 
 
-def test_windows_one_after_another_are_cut_from_the_same_tokens_at_every_length(tmp_path, tiny_model, books):
-    found = ppl(tmp_path, "--model", tiny_model.path, "--rope", "none", "--len", 64, 128, "--doc-tokens", 256,
-                "--samples", 2, "--data", books)["rows"]
-    documents = windows(read_documents([books]), load_tokenizer(tiny_model.path), 256, 2)
-    for row, length in zip(found, (64, 128)):
-        nll = sum(window_nll(tiny_model, part).sum().item() for d in documents for part in d.tokens.split(length))
-        assert row["stride"] == length and row["tokens"] == 2 * 256 // length * (length - 1)
-        assert row["nll"] == pytest.approx(nll)
-    again = ppl(tmp_path, "--model", tiny_model.path, "--rope", "none", "--len", 256, "--samples", 2, "--data", books)
-    alone = ppl(tmp_path, "--model", tiny_model.path, "--rope", "none", "--len", 64, 256, "--samples", 2,
-                "--data", books)
-    assert [r["tokens"] for r in again["rows"] if r["length"] == 256] == [2 * 255]
-    assert [r["tokens"] for r in alone["rows"] if r["length"] == 64] == [2 * 63]  # not the row of four windows
-
-
-@pytest.mark.parametrize("tokens, length, stride", [(100, 100, 10), (200, 100, 10), (205, 100, 10), (101, 100, 99),
-                                                    (512, 64, 1)])
+@pytest.mark.parametrize("tokens, length, stride", [(100, 100, 10), (205, 100, 10), (101, 100, 99), (512, 64, 1)])
 def test_a_sliding_window_scores_every_token_once_always_in_full_windows(tokens, length, stride):
     scored = []
     for start, first in eval_ppl.spans(tokens, length, stride):
-        assert start >= 0 and start + length <= tokens
-        assert first == 1 or length - first <= stride
+        assert start >= 0 and start + length <= tokens and (first == 1 or length - first <= stride)
         scored += range(start + first, start + length)
     assert scored == list(range(1, tokens))
 
 
-def test_positions_add_up_to_the_row_and_are_positions_in_the_window(tmp_path, tiny_model, books):
-    command = ["--model", tiny_model.path, "--rope", "none", "--len", 100, "--samples", 2, "--data", books]
-    row = ppl(tmp_path, *command)["rows"][0]
-    found = windows(read_documents([books]), load_tokenizer(tiny_model.path), 100, 2)
-    nll = sum(window_nll(tiny_model, w.tokens) for w in found) / 2  # (99,), of the tokens 1 .. 99
-    # 100 tokens in 16 bins: the first holds 0 .. 6, of which 0 is not scored, the last 94 .. 99
-    assert row["ppl_by_position"][0] == pytest.approx(nll[:6].mean().exp().item())
-    assert row["ppl_by_position"][-1] == pytest.approx(nll[-6:].mean().exp().item())
-    assert len(row["ppl_by_position"]) == 16 and sum(row["tokens_by_position"]) == row["tokens"] == 2 * 99
-    by_position = zip(row["tokens_by_position"], row["ppl_by_position"])
-    assert sum(n * np.log(p) for n, p in by_position) == pytest.approx(row["nll"])
-    assert row["ppl"] == pytest.approx(np.exp(row["nll"] / row["tokens"]))
+def test_windows_in_a_row_are_of_the_same_tokens_and_positions_those_in_the_window(tmp_path, tiny_model, books):
+    rows = ppl(tmp_path, "--model", tiny_model.path, "--rope", "none", "--len", 64, 100, "--doc-tokens", 256,
+               "--samples", 2, "--data", books)
+    documents = [tokens for _, tokens in windows(read_documents([books]), load_tokenizer(tiny_model.path), 256, 2)]
+    for row, cuts in zip(rows, ([(0, 1), (64, 1), (128, 1), (192, 1)], [(0, 1), (100, 1), (156, 44)])):
+        n, (nll, tokens) = row["length"], np.zeros((2, row["length"]))
+        for start, first in cuts:  # the last of 100 scores what is new
+            nll[first:] += sum(window_nll(tiny_model, d[start:start + n], first).numpy() for d in documents)
+            tokens[first:] += len(documents)
+        nll, tokens = (np.bincount(np.arange(n) * 16 // n, x) for x in (nll, tokens))
+        assert row["tokens_by_position"] == tokens.tolist() and row["tokens"] == tokens.sum()
+        assert row["ppl_by_position"] == pytest.approx(np.exp(nll / tokens))
+        assert row["nll"] == pytest.approx(nll.sum()) and row["ppl"] == pytest.approx(np.exp(nll.sum() / tokens.sum()))
 
 
 def test_every_rope_and_length_reads_the_same_documents_and_s_follows_the_length(tmp_path, tiny, books, capsys):
-    found = ppl(tmp_path, "--model", tiny, "--rope", "pi", "yarn:16", "--len", 256, 128, "--samples", 2,
-                "--data", books)
-    assert [(r["length"], r["rope"], r["scale"]) for r in found["rows"]] == [
-        (128, "pi", 2.0), (128, "yarn:16", 16.0), (256, "pi", 4.0), (256, "yarn:16", 16.0)]
-    assert [r["tokens"] for r in found["rows"]] == 2 * [2 * 127] + 2 * [2 * 255]
-    alone = windows(read_documents([books]), load_tokenizer(tiny), 256, 2)
+    rows = ppl(tmp_path, "--model", tiny, "--rope", "pi", "yarn:16", "--len", 256, 128, "--samples", 2, "--data", books)
+    assert [(r["length"], r["rope"], r["scale"], r["tokens"]) for r in rows] == [
+        (128, "pi", 2.0, 254), (128, "yarn:16", 16.0, 254), (256, "pi", 4.0, 510), (256, "yarn:16", 16.0, 510)]
     model = load_model(tiny, "pi", 128, "cpu")  # the first 128 of the tokens that the row of 256 reads
-    expected = sum(window_nll(model, w.tokens[:128]).sum().item() for w in alone)
-    assert found["rows"][0]["nll"] == pytest.approx(expected)
-    assert found["setup"]["data"] == ["book0.txt", "book1.txt"]
-    assert found["setup"]["versions"]["torch"] == torch.__version__
-    said = capsys.readouterr().out
-    assert f"s of pi, ntk and yarn is length / {WINDOW}" in said and "0.1 ln s + 1 for yarn" in said
-    for picture in ("ppl.png", "ppl_position.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    found = windows(read_documents([books]), load_tokenizer(tiny), 256, 2)
+    assert rows[0]["nll"] == pytest.approx(sum(window_nll(model, tokens[:128]).sum().item() for _, tokens in found))
+    assert f"length / {WINDOW}" in capsys.readouterr().out
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("ppl.png", "ppl_position.png"))
 
 
-def test_a_model_with_a_rope_of_its_own_is_measured_with_it_by_default(tmp_path, tiny_model, tiny_rope, books):
-    tiny_model.rope = tiny_rope
-    save_model(tiny_model, tmp_path / "own", dtype=torch.float32)
-    tiny_rope.save(tmp_path / "rope.json")
-    rows = ppl(tmp_path, "--model", tmp_path / "own", "--len", 128, "--samples", 1, "--data", books)["rows"]
-    assert [r["rope"] for r in rows] == ["none", "pi", "ntk", "yarn", "model"]
-    given = ppl(tmp_path, "--model", tmp_path / "own", "--len", 128, "--samples", 1, "--data", books,
-                "--rope", tmp_path / "rope.json")["rows"][-1]
-    assert given["nll"] == rows[-1]["nll"] != rows[0]["nll"]
+def test_windows_from_anywhere_are_of_the_seed_with_bos_first_and_inside_the_document(tmp_path, tiny, books):
+    document = torch.arange(10, 1010)
+    first, again, other = ([w.tolist() for w in eval_ppl.anywhere(document, 64, 5, seed, BOS)] for seed in (0, 0, 1))
+    assert first == again and not {w[1] for w in first} & {w[1] for w in other}
+    for i, window in enumerate(first):  # one that begins in each fifth, as the text has it
+        assert (window[1] - 10) * 5 // (1000 - 63 + 1) == i and window[-1] < 1010
+        assert window == [BOS, *range(window[1], window[1] + 63)]
+    assert all(w.tolist() == document.tolist() for w in eval_ppl.anywhere(document, 1000, 2, 0))  # without a BOS
+    shutil.copytree(tiny, tmp_path / "bare")
+    edit_config(tmp_path / "bare", bos_token_id=None)
+    command = ["--rope", "none", "--len", "80", "128", "--samples", "2", "--windows", "3", "--data", str(books)]
+    text = load_tokenizer(tiny).encode((books / "book0.txt").read_text(), add_special_tokens=False).ids
+    for path, bos in ((tiny, [BOS]), (tmp_path / "bare", [])):  # the tokenizer's own BOS is not added as well
+        args = eval_ppl.parser().parse_args([*command, "--model", str(path)])
+        count, _, scored = eval_ppl.read_windows(args, args.len, load_model(path, device="cpu"))[80]
+        found = scored[1][0].tolist()
+        assert count == 2 and [(len(w), first) for w, first in scored] == 6 * [(80, 1)] and found[:len(bos)] == bos
+        assert any(text[i:i + 80 - len(bos)] == found[len(bos):] for i in range(len(text)))
+    row = ppl(tmp_path / "out", *command, "--model", tiny)[0]
+    assert (row["documents"], row["windows"], row["tokens"]) == (2, 6, 6 * 79)
 
 
-def test_a_run_stopped_half_way_keeps_its_rows_and_the_same_command_goes_on(tmp_path, tiny, books, monkeypatch):
+def test_a_run_that_is_stopped_has_its_rows_on_disk_and_the_same_command_goes_on(tmp_path, tiny, books, monkeypatch):
     command = ["--model", tiny, "--rope", "none", "pi", "yarn", "--len", 128, "--samples", 2, "--data", books]
-    whole = ppl(tmp_path / "whole", *command)
-    measure, measured = eval_ppl.measure, []
+    whole, measure, left = ppl(tmp_path / "whole", *command), eval_ppl.measure, []
 
-    def stops_at_the_second(*args):
-        if len(measured) == 1:
-            raise KeyboardInterrupt
-        measured.append(args[0].rope)
-        return measure(*args)
-    monkeypatch.setattr(eval_ppl, "measure", stops_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    def stops(*args):
+        left.append((tmp_path / "half" / "ppl.jsonl").read_text())  # what a kill would leave
+        return None if len(left) == 2 else measure(*args)  # which breaks the row
+    monkeypatch.setattr(eval_ppl, "measure", stops)
+    with pytest.raises(TypeError):
         ppl(tmp_path / "half", *command)
-    first = json.loads((tmp_path / "half" / "ppl.json").read_text())["rows"]
-    assert without_times(first) == without_times(whole["rows"][:1])
-    monkeypatch.setattr(eval_ppl, "measure", lambda *args: measured.append(args[0].rope) or measure(*args))
-    rest = ppl(tmp_path / "half", *command)
-    assert rest["rows"][0] == first[0] and len(measured) == 3  # each rope once
-    assert without_times(rest) == without_times(whole)
+    assert json.loads(left[1].splitlines()[-1])["nll"] == whole[0]["nll"]
+    assert ppl(tmp_path / "half", *command) == whole and len(left) == 4  # the first is measured once
+    assert (tmp_path / "half" / "ppl.jsonl").read_text().startswith(left[1])
 
 
-def test_rows_measured_otherwise_are_not_taken_over(tmp_path, tiny, tiny_rope, books, capsys):
-    rope = tmp_path / "rope.json"
-    tiny_rope.save(rope)
-    command = ["--model", tiny, "--rope", rope, "--len", 128, "--data", books, "--samples"]
-    first = ppl(tmp_path, *command, 1)
-    type(tiny_rope).longrope(tiny_rope.rescale_factors[::-1], 10000.0, WINDOW, 4.0).save(rope)  # a search that went on
-    second = ppl(tmp_path, *command, 1)
-    assert len(second["rows"]) == 1 and second["rows"][0]["nll"] != first["rows"][0]["nll"]
-    assert "afresh" not in capsys.readouterr().out
-    third = ppl(tmp_path, *command, 2)
-    assert [r["documents"] for r in third["rows"]] == [2]
-    said = f"starting afresh, with another data, data_sha256: {tmp_path / 'ppl.json'} is now ppl.old1.json"
-    assert said in capsys.readouterr().out
-    assert json.loads((tmp_path / "ppl.old1.json").read_text()) == second
-    assert without_times(ppl(tmp_path, *command, 1)) == without_times(second)
-    assert json.loads((tmp_path / "ppl.old1.json").read_text()) == second  # none that was set aside is lost
-    assert json.loads((tmp_path / "ppl.old2.json").read_text()) == third
+def test_rows_are_of_a_ropes_content_and_ropes_lengths_and_data_may_be_added(tmp_path, tiny, tiny_rope, books, capsys):
+    rope, renamed, d = tmp_path / "rope.json", tmp_path / "renamed.json", rope_to_dict(tiny_rope)
+    write_json(rope, d)
+    command = ["--model", tiny, "--samples", 1, "--data", books, "--len", 128, "--rope"]
+    first, = ppl(tmp_path, *command, rope)
+    rope.rename(renamed)
+    assert ppl(tmp_path, *command, renamed) == [first] and f"\n{renamed} " in capsys.readouterr().out
+    write_json(rope, d | {"long_n_hat": 7})  # a search that went on
+    two = ppl(tmp_path, *command, rope, renamed)
+    assert two[0] == first and len(two) == 2 and two[1]["nll"] != first["nll"]
+    more = ppl(tmp_path, *command, renamed, "pi", "--len", 128, 256)
+    assert more[:2] == two and [(r["rope"], r["length"]) for r in more[2:]] == [
+        ("pi", 128), (str(renamed), 256), ("pi", 256)]
+    other = ppl(tmp_path, *command, renamed, "--samples", 2, "--seed", 1)  # the seed is of no matter here
+    assert other[:5] == more and [r["documents"] for r in other[5:]] == [2]
 
 
-def test_rows_of_a_rope_json_that_has_changed_go_at_every_length(tmp_path, tiny, tiny_rope, books):
-    common = ["--model", tiny, "--rope", "pi", tmp_path / "rope.json", "--samples", 1, "--data", books, "--len", 256]
-    tiny_rope.save(tmp_path / "rope.json")
-    assert len(ppl(tmp_path / "out", *common, 128)["rows"]) == 4
-    assert len(ppl(tmp_path / "out", *common)["rows"]) == 4  # rows that stand, though they are not asked for
-    replace(tiny_rope, n_hat=7).save(tmp_path / "rope.json")
-    rows = ppl(tmp_path / "out", *common)["rows"]
-    assert sorted((r["length"], r["rope"]) for r in rows) == sorted(
-        [(128, "pi"), (256, "pi"), (256, str(tmp_path / "rope.json"))])
+@pytest.mark.parametrize("script", ["eval_ppl", "eval_passkey"])
+def test_another_model_or_tokenizer_or_a_second_run_at_once_is_refused_in_a_line(tmp_path, tiny, books, capsys, script):
+    main, journal = import_module(script).main, tmp_path / "out" / f"{script.removeprefix('eval_')}.jsonl"
+    command = ["--rope", "none", "--len", 400, "--out", tmp_path / "out",
+               *["--data", books / "book0.txt"][:2 * ("ppl" in script)]]
+    main([*map(str, command), "--model", str(tiny), "--device", "cpu"])
+    before = journal.read_text()
+    for other in ("weights", "tokenizer"):
+        shutil.copytree(tiny, tmp_path / other)
+    save_tiny(tmp_path / "weights", initializer_range=0.11)
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for path, dtype, said in (("weights", "float32", "weights_sha256"), ("tokenizer", "float32", "tokenizer_sha256"),
+                              (tiny, "bfloat16", "weights_sha256, dtype")):
+        gc.collect()
+        line = complaint(main, capsys, *command, "--model", tmp_path / path, "--dtype", dtype)
+        assert f"{journal} is of a run with another {said}; give another --out" in line
+    gc.collect()
+    held = Journal(journal, json.loads(before.splitlines()[0])["setup"], None)
+    assert held.rows and "another run" in complaint(main, capsys, *command, "--model", tiny)
+    assert journal.read_text() == before
 
 
-def test_a_bos_comes_first_if_the_tokenizer_adds_one_or_it_is_asked_for_never_twice(tmp_path, tiny, books):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in tiny.iterdir():
-        (bare / file.name).write_bytes(file.read_bytes())
-    description = json.loads((tiny / "tokenizer.json").read_text()) | {"post_processor": None}
-    Tokenizer.from_str(json.dumps(description)).save(str(bare / "tokenizer.json"))
-
-    def data(name, path, *more):
-        return ppl(tmp_path / name, "--model", path, "--rope", "none", "--len", 64, "--samples", 1, "--data", books,
-                   *more)["setup"]["data_sha256"]
-    assert data("a", bare, "--bos") == data("b", tiny) == data("c", tiny, "--bos") != data("d", bare)
-
-
-def torchrun(script, *arguments):
-    """The script in two processes on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / script), *map(str, arguments), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.mark.parametrize("together", [1, 2], ids=["two windows at a time", "one window over both"])
+def test_two_processes_write_what_one_writes(tmp_path, tiny, books, together):
+    command = ["--model", tiny, "--rope", "none", "yarn", "--len", 96, 128, "--samples", 3, "--stride", 40,
+               "--data", books]
+    spawn(2, run_script, "eval_ppl", *command, "--context-parallel", together, "--out", tmp_path / "two")
+    for a, b in zip(results(tmp_path / "two" / "ppl.jsonl"), ppl(tmp_path / "one", *command), strict=True):
+        for key in ("nll", "ppl", "ppl_by_position") if together == 2 else ():
+            assert a.pop(key) == pytest.approx(b.pop(key), rel=1e-5)
+        assert a == b
 
 
 @pytest.mark.parametrize("script", ["search", "finetune", "eval_ppl", "eval_passkey"])
 def test_torchrun_leaves_our_options_to_us(script):
     """It takes an option for one of its own, abbreviated, if that begins with it: --start for --start-method."""
-    for action in import_module(script).parser()._actions:
-        for option in action.option_strings:
-            given = ["--nproc-per-node", "2", f"{script}.py", option]
-            assert get_args_parser().parse_args(given).training_script_args == [option]
+    for option in (o for action in import_module(script).parser()._actions for o in action.option_strings):
+        given = ["--nproc-per-node", "2", f"{script}.py", option]
+        assert get_args_parser().parse_args(given).training_script_args == [option]
 
 
-def test_shared_out_work_comes_back_whole_and_in_order(monkeypatch):
-    """The second of three processes, the others played: sums over documents must not depend on who did what."""
-    items = list(range(8))
-    shares = [[10 * x for x in items[r::3]] for r in range(3)]
-
-    def all_gather_object(parts, mine):
-        assert mine == shares[1]
-        parts[:] = shares
-    monkeypatch.setattr(longrope, "rank", lambda: 1)
-    monkeypatch.setattr(longrope, "world_size", lambda: 3)
-    monkeypatch.setattr(longrope.dist, "all_gather_object", all_gather_object)
-    assert longrope.spread(lambda x: 10 * x, items) == [10 * x for x in items]
-
-
-def test_two_processes_write_what_one_writes(tmp_path, tiny, books):
-    command = ["--model", tiny, "--rope", "none", "yarn", "--len", 96, "--samples", 3, "--stride", 40, "--data", books]
-    two = torchrun("eval_ppl.py", *command, "--out", tmp_path / "two")
-    one = ppl(tmp_path / "one", *command)
-    assert without_times(json.loads((tmp_path / "two" / "ppl.json").read_text())) == without_times(one)
-    assert two.stdout.count("wrote") == two.stdout.count("loading and reading took") == 1
+@pytest.mark.parametrize("together", [1, 2])
+def test_shared_out_work_comes_back_whole_and_in_order(monkeypatch, together):
+    """The fourth of six processes, the others played: sums over documents must not depend on who did what."""
+    shares, gave = [[10 * x for x in range(8)][r // together::6 // together] for r in range(6)], []
+    monkeypatch.setattr(longrope, "rank", lambda: 3)
+    monkeypatch.setattr(longrope, "world_size", lambda: 6)
+    monkeypatch.setattr(longrope.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(
+        slice(None), shares) or gave.append(mine))
+    assert longrope.spread(lambda x: 10 * x, range(8), together) == list(range(0, 80, 10)) and gave == [shares[3]]
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--rope", "yran"], "yran"),
-    (["--rope", "none", "gone/rope.json"], "gone/rope.json"),
-    (["--len", "100000"], "no document of 100000 tokens"),
-    (["--stride", "128"], "--stride 0 or more and below"),
-    (["--stride", "16", "--doc-tokens", "100"], "--doc-tokens"),
-    (["--doc-tokens", "0"], "--doc-tokens must be at least"),
-    (["--samples", "0"], "--samples must be at least 1"),
-    (["--data", "gone.txt"], "gone.txt"),
-], ids=lambda x: x if isinstance(x, str) else "")
+    ("--rope yran", "yran"), ("--rope none gone/rope.json", "gone/rope.json"), ("--data gone.txt", "gone.txt"),
+    ("--len 100000", "no document of 100000 tokens"), ("--len 1", "--len must be"), ("--stride 128", "--stride below"),
+    ("--stride 16 --doc-tokens 100", "--doc-tokens at least"), ("--windows 2 --stride 16", "--windows"),
+    ("--windows 2 --doc-tokens 200", "--windows"), ("--windows 2 --len 100000", "no document of 100000 tokens"),
+    ("--context-parallel 2 --len 126", "126 tokens"), ("--context-parallel 3", "2 processes")])
 def test_a_mistake_is_one_line_before_anything_is_measured(tmp_path, tiny, books, capsys, monkeypatch, arguments, says):
-    monkeypatch.setattr(eval_ppl, "window_nll", None)  # measuring would be an error
+    monkeypatch.setattr(longrope, "over_window", None)  # measuring would be an error
+    monkeypatch.setattr(longrope, "world_size", lambda: 2 if "parallel" in arguments else 1)
     common = ["--model", tiny, "--data", books, "--len", 128, "--out", tmp_path]
-    line = complaint(eval_ppl.main, capsys, *common, *arguments)
-    assert says in line and not list(tmp_path.iterdir())
+    assert says in complaint(eval_ppl.main, capsys, *common, *arguments.split()) and not list(tmp_path.iterdir())
 
 
 def test_out_of_memory_is_one_line_that_says_how_much_and_what_to_lower(tmp_path, tiny, books, capsys, monkeypatch):
-    monkeypatch.setattr(longrope, "window_nll", lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(longrope, "over_window", lambda *_: torch.empty(10**15))
     line = complaint(eval_ppl.main, capsys, "--model", tiny, "--data", books / "book0.txt", "--len", 128,
                      "--out", tmp_path)
     assert "out of memory, tried to allocate 4000000000000000 bytes: lower --len" in line

@@ -1,39 +1,29 @@
-"""finetune.py: segments, the order of the data, the schedule, a run, and a run that was killed and resumed."""
-import json
+"""finetune.py: segments, the order of the data, the schedule, a run, and runs killed, stopped or in trouble."""
+import errno
+import gc
 import os
+import shutil
 import signal
+import sys
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    BOS,
-    EOS,
-    HEAD_DIM,
-    VOCAB,
-    WINDOW,
-    complaint,
-    hf_logits,
-    processes,
-    prose,
-    random_factors,
-    random_tokens,
-    read_lines,
-    run_script,
-    save_tiny,
-    signalling,
-)
-from torch.testing import assert_close
+from conftest import (BOS, EOS, HEAD_DIM, VOCAB, WINDOW, assert_same_logits, complaint, edit_config, make_rope,
+                      processes, prose, random_factors, random_tokens, read_lines, run_script, save_tiny, signalling)
+from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import finetune
+import longrope
 from finetune import batch_of, learning_rate, reading_order, segments
-from longrope import Rope, UserError, compile_blocks, load_model, load_tokenizer, read_documents, run, use_attention
+from longrope import (Factors, UserError, load_model, load_rope, load_tokenizer, plain, read_documents, resolve_rope,
+                      rope_to_dict, write_json)
 
-LENGTH, STEPS = 2 * WINDOW, 16
+LENGTH, STEPS, LAST = 2 * WINDOW, 15, "checkpoint-15"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,46 +34,42 @@ def cut(documents, tokenizer, length):
     return torch.from_numpy(np.concatenate(list(segments(iter(documents), tokenizer, length, BOS, EOS))))
 
 
-def test_segments_are_bookended_pieces_of_one_document_each_of_exactly_the_length(tiny, books):
-    tokenizer, documents = load_tokenizer(tiny), list(read_documents([books]))
-    for length in (16, 100, 333):
-        found = cut(documents, tokenizer, length)
-        bodies = []
-        for _, text in documents:  # cut by hand; what is left at the end of a document fills no segment
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-            bodies += [ids[i:i + length - 2] for i in range(0, len(ids) - length + 3, length - 2)]
-        assert found.tolist() == [[BOS, *body, EOS] for body in bodies]
-        assert found.shape == (len(bodies), length) and len(bodies) >= 6
+@pytest.mark.parametrize("length", [16, 100, 333])
+def test_documents_fill_segments_in_order_and_only_the_last_rest_is_lost(tiny, length):
+    """Most are shorter than a segment, some longer; EOS and BOS stand between two that share one."""
+    tokenizer, body, stream = load_tokenizer(tiny), length - 2, []
+    ids = tokenizer.encode(prose(99, 400), add_special_tokens=False).ids[:2 * body]  # no rest, so nothing between
+    documents = [("whole", tokenizer.decode(ids)), *((str(i), prose(i, 150 if i % 7 == 0 else 5)) for i in range(60))]
+    for _, text in documents:
+        stream += [EOS, BOS] * (len(stream) % body > 0) + tokenizer.encode(text, add_special_tokens=False).ids
+    found = cut(documents, tokenizer, length)
+    assert found.tolist() == [[BOS, *stream[i:i + body], EOS] for i in range(0, len(stream) - body + 1, body)]
+    assert found.shape[1] == length and len(found) > 5
 
 
 def test_a_long_document_loses_nothing_where_it_is_encoded_in_pieces(tiny):
-    tokenizer = load_tokenizer(tiny)
-    text = prose(5, 45_000)
-    assert len(text) > 200_000
-    found = cut([("long", text)], tokenizer, 64)
-    kept = tokenizer.decode(found[:, 1:-1].flatten().tolist())
-    assert text.startswith(kept) and len(text) - len(kept) < 64 * 10
+    tokenizer, text = load_tokenizer(tiny), prose(5, 45_000)
+    kept = tokenizer.decode(cut([("long", text)], tokenizer, 64)[:, 1:-1].flatten().tolist())
+    assert text.startswith(kept) and len(text) - len(kept) < 64 * 10 and len(text) > 200_000
 
 
-def test_a_document_shorter_than_a_segment_is_the_users_mistake(tiny):
-    tokenizer = load_tokenizer(tiny)
-    text = prose(5, 30)
-    tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
-    assert cut([("a", text)], tokenizer, tokens + 2).shape == (1, tokens + 2)
-    for documents in ([("a", text)], [("a", "")], []):
-        with pytest.raises(UserError, match="give longer documents"):
-            cut(documents, tokenizer, tokens + 3)
+def test_too_little_text_for_one_segment_is_the_users_mistake(tiny):
+    tokenizer, documents = load_tokenizer(tiny), [("a", prose(5, 30)), ("b", prose(6, 30))]
+    tokens = sum(len(tokenizer.encode(text).ids) + 1 for _, text in documents)  # BOS and EOS of each
+    assert cut(documents, tokenizer, tokens).shape == (1, tokens)
+    for few in (documents, [("a", "")], []):
+        with pytest.raises(UserError, match="too few for a segment"):
+            cut(few, tokenizer, tokens + 1)
 
 
 def test_every_epoch_takes_every_segment_once_in_an_order_of_its_own():
     data = torch.arange(10)[:, None]
     order = torch.cat([batch_of(data, step, 4, seed=1) for step in range(10)]).flatten()
-    epochs = order.view(4, 10)
-    assert (epochs.sort().values == torch.arange(10)).all()
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
-    assert torch.equal(batch_of(data, 7, 4, seed=1).flatten(), order[28:32])  # a resumed run sees the same data
+    assert (order.view(4, 10).sort().values == torch.arange(10)).all()
+    assert len({tuple(epoch) for epoch in order.view(4, 10).tolist()}) == 4
+    assert torch.equal(batch_of(data, 7, 4, seed=1).flatten(), order[28:32])  # a run that goes on sees the same data
     assert not torch.equal(batch_of(data, 7, 4, seed=2).flatten(), order[28:32])
-    assert batch_of(data, 0, 25, seed=1).flatten()[:10].tolist() == epochs[0].tolist()  # more than an epoch in a step
+    assert torch.equal(batch_of(data, 0, 25, seed=1).flatten()[:10], order[:10])  # more than an epoch in a step
 
 
 @pytest.mark.parametrize("count, batch_size", [(12, 3), (10, 4), (3, 7)])  # steps may end in another epoch, or span it
@@ -106,25 +92,34 @@ def test_the_pieces_of_an_epochs_steps_of_one_length_are_shuffled_and_bookended(
             else:
                 assert (batch[:, 0] == data[0, 0]).all() and (batch[:, -1] == data[0, -1]).all()
                 assert (batch[:, 1:-1].diff() == 1).all() and (batch[:, 1] % batch.shape[1] == 1).all()
-        alike = [batch for batch in epoch if batch.shape[1] == 8]
-        if len(alike) > 1:  # each has pieces of more segments than its three
-            assert all(len((batch[:, 1] // 64).unique()) > 3 for batch in alike)
-            several += 1
+        alike = [len((batch[:, 1] // 64).unique()) for batch in epoch if batch.shape[1] == 8]
+        assert len(alike) < 2 or min(alike) > 3  # each has pieces of more segments than its three
+        several += len(alike) > 1
     assert several > 20
 
 
+def test_text_is_tokenised_once(tiny, books, tmp_path, monkeypatch):
+    tokenizer, calls = load_tokenizer(tiny), []
+    monkeypatch.setattr(finetune, "segments", lambda *given: [calls.append(1), segments(*given)][1])
+
+    def of(source, length):
+        return finetune.segments_file(lambda: read_documents([books]), source, tokenizer, length, BOS, EOS, tmp_path)
+    first, again = of("a" * 64, 64), of("a" * 64, 64)
+    assert torch.equal(first, again) and torch.equal(first, cut(read_documents([books]), tokenizer, 64))
+    assert len(calls) == 1 and of("b" * 64, 32).shape[1] == 32 and len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [f"segments-{'b' * 16}.bin"]  # the other is gone
+
+
 def test_the_learning_rate_warms_up_to_its_peak_and_decays_to_nothing():
-    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+    for schedule, middle, late in (("linear", 0.5, 0.01), ("constant", 1.0, 1.0)):
         rate = partial(learning_rate, steps=110, peak=3.0, warmup=10, schedule=schedule)
-        assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.3, 1.5, 3.0])
-        assert rate(10) == pytest.approx(3.0) and rate(60) == pytest.approx(3.0 * middle)
-        late = {"linear": 0.01, "cosine": 0.000247, "constant": 1.0}[schedule]
-        assert rate(109) == pytest.approx(3.0 * late, rel=0.01)
+        found = [rate(step) for step in (0, 4, 9, 10, 60, 109)]
+        assert found == pytest.approx([0.3, 1.5, 3.0, 3.0, 3.0 * middle, 3.0 * late])
     assert learning_rate(0, 10, 1.0, 0, "linear") == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# finetune.py as a user starts it
+# A run
 
 
 @pytest.fixture(scope="module")
@@ -132,458 +127,367 @@ def inputs(tmp_path_factory):
     """A repetitive text, easily learned, and a searched-looking rope with n_hat."""
     path = tmp_path_factory.mktemp("inputs")
     (path / "text.txt").write_text(prose(3, 60) * 60)
-    Rope.longrope(random_factors(1, 2), 10000.0, WINDOW, 2.0, n_hat=2).save(path / "rope.json")
+    write_json(path / "rope.json", rope_to_dict(make_rope(random_factors(1, 2), 2.0, n_hat=2)))
     return path
 
 
-def command(tiny, inputs, out):
-    return [str(x) for x in (
-        "--model", tiny, "--rope", inputs / "rope.json", "--data", inputs / "text.txt", "--len", LENGTH,
-        "--steps", STEPS, "--lr", 1e-2, "--warmup", 3, "--batch-size", 4, "--micro-batch-size", 2, "--save-every", 4,
-        "--out", out)]
+@pytest.fixture(scope="module")
+def command(tiny, inputs):
+    """Arguments of a run with steps of whole segments and of pieces within the window, and two micro-batches a step."""
+    return lambda out, *more: [str(x) for x in (
+        "--model", tiny, "--rope", inputs / "rope.json", "--data", inputs / "text.txt", "--len", LENGTH, "--mix",
+        WINDOW, "--steps", STEPS, "--lr", 1e-2, "--warmup", 3, "--batch-size", 4, "--micro-batch-size", 3,
+        "--save-every", 4, "--device", "cpu", "--out", out, *more)]
 
 
 @pytest.fixture(scope="module")
-def finetuned(tiny, inputs, tmp_path_factory):
-    """The finished process and its --out."""
+def finetuned(command, tmp_path_factory):
+    """--out of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("finetuned") / "out"
-    return run_script("finetune.py", *command(tiny, inputs, out)), out
+    done = run_script("finetune.py", *command(out))
+    assert done.returncode == 0 and f"segments of {LENGTH} tokens" in done.stdout.splitlines()[0], done.stderr
+    return out
 
 
-def losses(out):
-    return [line["loss"] for line in read_lines(out / "log.jsonl")]
+def steps(out):
+    rows = [row for row in read_lines(out / "log.jsonl") if "step" in row]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return rows
+
+
+def saved(out):
+    return sorted(path.name for path in out.iterdir() if path.name.startswith("checkpoint") or path.suffix == ".part")
+
+
+def assert_same_result(out, other):
+    assert len(steps(out)) == STEPS and all(a["loss"] == b["loss"] for a, b in zip(steps(out), steps(other)))
+    one, two = (load_model(path, device="cpu") for path in (out, other))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())) and one.rope == two.rope
+    assert saved(out) == [] and "result" in read_lines(out / "log.jsonl")[-1]
 
 
 def test_the_loss_goes_down_on_a_repetitive_text(finetuned):
-    done, out = finetuned
-    assert done.returncode == 0, done.stderr
-    log = read_lines(out / "log.jsonl")
-    assert [line["step"] for line in log] == list(range(STEPS))
-    assert log[0]["loss"] > 5 and sum(losses(out)[-3:]) / 3 < 0.7 * log[0]["loss"]
-    assert all(line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in log)
-    assert [line["lr"] for line in log] == [learning_rate(step, STEPS, 1e-2, 3, "linear") for step in range(STEPS)]
-    assert f"segments of {LENGTH} tokens" in done.stdout.splitlines()[0]
-    assert not list(out.glob("checkpoint*")) and not list(out.glob("*.part"))
+    log = steps(finetuned)
+    assert len(log) == STEPS and {row["len"] for row in log} == {LENGTH, WINDOW}
+    assert log[0]["loss"] > 5 and sum(row["loss"] for row in log[-3:]) / 3 < 0.7 * log[0]["loss"]
+    assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 for row in log)
+    assert [row["lr"] for row in log] == [learning_rate(step, STEPS, 1e-2, 3, "linear") for step in range(STEPS)]
+    assert saved(finetuned) == [] and (finetuned / "loss.png").exists()
 
 
-def test_the_first_loss_is_that_of_the_model_as_it_was(finetuned, tiny, inputs):
+def test_pieces_within_the_window_are_trained_under_the_short_set(tiny, inputs, command, tmp_path):
+    """With next to no learning rate every step's loss is that of the model as it was, on pieces of its length."""
+    rope = replace(load_rope(inputs / "rope.json"), short=Factors(random_factors(4, 2)))
+    write_json(tmp_path / "rope.json", rope_to_dict(rope))
+    finetune.main(command(tmp_path / "out", "--rope", tmp_path / "rope.json", "--lr", 1e-30,
+                          "--mix", f"{WINDOW}:2", WINDOW // 2))
     data = cut(read_documents([inputs / "text.txt"]), load_tokenizer(tiny), LENGTH)
-    batch = batch_of(data, 0, 4, seed=0)
-    logits = load_model(tiny, inputs / "rope.json", device="cpu")(batch)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch[:, 1:].flatten())
-    assert losses(finetuned[1])[0] == pytest.approx(loss.item(), rel=1e-5)
+    log, model = steps(tmp_path / "out"), load_model(tiny, rope, device="cpu")
+    assert {row["len"] for row in log} == {LENGTH, WINDOW, WINDOW // 2}
+    for row in log:
+        pieces = batch_of(data, row["step"], 4, 0, (WINDOW, WINDOW, WINDOW // 2))
+        assert pieces.shape == (4 * LENGTH // row["len"], row["len"])
+        logits = model(pieces)[:, :-1]  # long or short by the pieces' length
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), pieces[:, 1:].flatten())
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert load_rope(tmp_path / "out" / "rope.json") == rope
 
 
 def test_the_result_loads_in_transformers_and_has_learned(finetuned, tiny, inputs):
-    out = finetuned[1]
-    hf, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values()), info
-    rope = Rope.load(out / "rope.json")
-    assert rope == Rope.load(inputs / "rope.json")
-    assert hf.config.max_position_embeddings == LENGTH
-    assert hf.config.rope_parameters["long_factor"] == list(rope.rescale_factors)
-
-    ours = load_model(out, device="cpu")
-    assert ours.rope == rope
-    # all but n_hat, which transformers cannot express
-    ours.rope = Rope.longrope(rope.rescale_factors, rope.rope_theta, WINDOW, rope.scale)
-    tokens = random_tokens(LENGTH)
-    assert_close(ours(tokens), hf_logits(hf.eval(), tokens), atol=1e-4, rtol=0)
-
-    ids = torch.tensor([[BOS, *load_tokenizer(tiny).encode((inputs / "text.txt").read_text()).ids[1:LENGTH]]])
+    hf, info = AutoModelForCausalLM.from_pretrained(finetuned, dtype=torch.float32, output_loading_info=True)
+    rope, ours = load_rope(inputs / "rope.json"), load_model(finetuned, device="cpu")
+    assert not any(info.values()) and ours.rope == rope and hf.config.max_position_embeddings == LENGTH
+    assert hf.config.rope_parameters["long_factor"] == list(rope.long.rescale_factors)
+    ours.rope = replace(rope, long=replace(rope.long, n_hat=0))  # transformers cannot express n_hat
+    assert_same_logits(ours, hf.eval(), LENGTH)
+    ids = torch.tensor([load_tokenizer(tiny).encode((inputs / "text.txt").read_text()).ids[:LENGTH]])
     with torch.no_grad():
-        learned = hf(ids, labels=ids).loss.item()
-        before = AutoModelForCausalLM.from_pretrained(tiny).eval()(ids, labels=ids).loss.item()
-    assert learned < 0.7 * before
+        before = AutoModelForCausalLM.from_pretrained(tiny).eval()(ids, labels=ids).loss
+        assert hf(ids, labels=ids).loss < 0.7 * before
 
 
-def stopped_without_a_terminal(arguments):
-    """finetune.py, whose stdout and stderr are pipes that nobody reads, stopped in step 5."""
-    batch_of = signalling(5, signal.SIGINT)
-
-    def closing(data, step, *rest):
-        if step == 5:
-            for number in (1, 2):
-                os.dup2(pipe, number)
-        return batch_of(data, step, *rest)
-    read, pipe = os.pipe()
-    os.close(read)
-    finetune.batch_of = closing
-    torch.set_num_threads(1)
-    finetune.main([*arguments, "--device", "cpu"])
+@pytest.mark.parametrize("changes, first, last", [({"bos_token_id": None}, EOS, EOS),
+                                                  ({"bos_token_id": [7, 8], "eos_token_id": [5, EOS]}, 7, 5)])
+def test_segments_begin_and_end_with_what_the_config_names(tiny, command, tmp_path, capsys, changes, first, last):
+    edit_config(shutil.copytree(tiny, model := tmp_path / "model"), **changes)
+    finetune.main(command(tmp_path / "out", "--model", model, "--steps", 1))
+    assert ("segments begin with EOS" in capsys.readouterr().out) == (first == EOS)
+    data = np.fromfile(next((tmp_path / "out").glob("segments-*.bin")), np.int32).reshape(-1, LENGTH)
+    assert (data[:, 0] == first).all() and (data[:, -1] == last).all()
+    edit_config(model, eos_token_id=None)
+    assert "eos_token_id" in complaint(finetune.main, capsys, *command(tmp_path / "other", "--model", model))
 
 
-def train_until(arguments, last):
-    """finetune.py, killed without warning at the beginning of step `last`."""
-    finetune.batch_of = signalling(last, signal.SIGKILL)
-    torch.set_num_threads(1)
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that are killed, stopped or in trouble: the same command goes on
+
+
+def killed(arguments, module, name, call):
+    """kill -9 in place of this call of a function, counted from 1."""
+    function, calls = getattr(sys.modules[module], name), iter(range(1, 10**6))
+
+    def kill(*given, **more):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*given, **more)
+    setattr(sys.modules[module], name, kill)
     finetune.main(arguments)
 
 
-def killed(arguments, step):
-    process = processes.Process(target=train_until, args=(arguments, step))
-    process.start()
+def stopped_without_a_terminal(arguments):
+    """SIGINT in step 5, where stdout and stderr are pipes that Ctrl-C closed, as with | tee."""
+    def closing(data, step, *rest):
+        for number in (1, 2) if step == 5 else ():
+            os.dup2(pipe, number)
+        return stopping(data, step, *rest)
+    read, pipe = os.pipe()
+    os.close(read)
+    stopping, finetune.batch_of = signalling(5, signal.SIGINT), closing
+    finetune.main(arguments)
+
+
+def exit_code(work, *arguments):
+    (process := processes.Process(target=work, args=arguments)).start()
     process.join(100)
-    assert process.exitcode == -signal.SIGKILL
+    return process.exitcode
 
 
-def test_a_run_killed_three_times_has_the_losses_of_the_undisturbed_run(finetuned, tiny, inputs, tmp_path, capsys):
-    """Killed in steps 3, 10 and 13: the log then is ahead of the last checkpoint, of step 0, 8 and 12."""
-    arguments = [*command(tiny, inputs, tmp_path), "--device", "cpu"]
-    for step, saved in ((3, []), (10, ["checkpoint-8"]), (13, ["checkpoint-12"])):
-        killed([*arguments, "--resume"], step)
-        assert len(losses(tmp_path)) == step and not (tmp_path / "model.safetensors").exists()
-        assert [path.name for path in tmp_path.glob("checkpoint*")] == saved
-    finetune.main([*arguments, "--resume"])
-    assert "resumed at step 12" in capsys.readouterr().out
-    assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == list(range(STEPS))
-    assert losses(tmp_path) == losses(finetuned[1])
-    one, two = (load_model(out, device="cpu").state_dict() for out in (finetuned[1], tmp_path))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(finetuned, command, tmp_path, capsys):
+    """The log is ahead of the last checkpoint then, and cut back to it. Each run begins where the one before got to."""
+    for call, count, found in (
+            (("finetune", "batch_of", 4), 3, []), (("finetune", "batch_of", 11), 10, ["checkpoint-8"]),
+            (("shutil", "rmtree", 2), 12, ["checkpoint-12", "checkpoint-8.part"]),  # while checkpoint-8 goes
+            (("longrope", "save_file", 1), STEPS, [LAST]),  # while the result is written
+            (("finetune", "plot_loss", 1), STEPS, [LAST]),  # when it is, before its row in the log
+            (("shutil", "rmtree", 1), STEPS, [])):  # while the last checkpoint goes
+        assert exit_code(killed, command(tmp_path), *call) == -signal.SIGKILL
+        assert len(steps(tmp_path)) == count and set(found) <= set(saved(tmp_path))
+    assert saved(tmp_path)
+    finetune.main(command(tmp_path))
+    assert "is whole" in capsys.readouterr().out
+    assert_same_result(tmp_path, finetuned)
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM] * 2, [signal.SIGINT, signal.SIGTERM]])
 def test_a_signal_ends_the_run_in_a_checkpoint_after_the_step(
-        finetuned, tiny, inputs, tmp_path, capfd, monkeypatch, numbers):
-    arguments, handler = [*command(tiny, inputs, tmp_path), "--device", "cpu", "--resume"], signal.getsignal(numbers[0])
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        finetuned, command, tmp_path, capfd, monkeypatch, numbers):
+    handler = signal.getsignal(numbers[0])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
         patch.setattr(finetune, "batch_of", signalling(5, *numbers))
-        finetune.main(arguments)
+        finetune.main(command(tmp_path))
+    gc.collect()  # the traceback, and with it the lock of the log
     said = capfd.readouterr()
-    assert ended.value.code == 1 and "stopped at step 6" in said.out and said.err.count("stopping when") == 1
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-6"] and len(losses(tmp_path)) == 6
-    finetune.main(arguments)
-    assert "resumed at step 6" in capfd.readouterr().out and losses(tmp_path) == losses(finetuned[1])
-    assert signal.getsignal(numbers[0]) == handler
+    assert "stopped at step 6" in said.out and said.err.count("stopping when") == 1
+    assert saved(tmp_path) == ["checkpoint-6"] and len(steps(tmp_path)) == 6
+    finetune.main(command(tmp_path))
+    assert "going on at step 6" in capfd.readouterr().out and signal.getsignal(numbers[0]) == handler
+    assert_same_result(tmp_path, finetuned)
 
 
-def test_a_second_ctrl_c_stops_at_once(tiny, inputs, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(command, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "batch_of", signalling(5, signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"])
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-4"]
+        finetune.main(command(tmp_path))
+    assert saved(tmp_path) == ["checkpoint-4"]
 
 
 def test_a_signal_in_the_last_step_or_while_the_result_is_written_changes_nothing(
-        finetuned, tiny, inputs, tmp_path, monkeypatch):
-    def save_model(*arguments, **more):
+        finetuned, command, tmp_path, monkeypatch):
+    def save_weights(*given, **more):
+        assert saved(tmp_path) == [LAST]  # until the result is whole
         os.kill(os.getpid(), signal.SIGTERM)
-        save(*arguments, **more)
-    save = finetune.save_model
-    monkeypatch.setattr(finetune, "save_model", save_model)
+        save(*given, **more)
+    save = finetune.save_weights
+    monkeypatch.setattr(finetune, "save_weights", save_weights)
     monkeypatch.setattr(finetune, "batch_of", signalling(STEPS - 1, signal.SIGTERM))
-    finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"])
-    assert losses(tmp_path) == losses(finetuned[1]) and not list(tmp_path.glob("checkpoint*"))
-    assert (tmp_path / "run.json").exists() and (tmp_path / "model.safetensors").exists()
+    finetune.main(command(tmp_path))
+    assert_same_result(tmp_path, finetuned)
 
 
-def test_a_checkpoint_is_written_where_ctrl_c_closed_the_terminals_pipe(tiny, inputs, tmp_path):
-    """As with | tee, which Ctrl-C ends first."""
-    process = processes.Process(target=stopped_without_a_terminal, args=(command(tiny, inputs, tmp_path),))
-    process.start()
-    process.join(100)
-    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-6"]
+def test_a_checkpoint_is_written_where_ctrl_c_closed_the_terminals_pipe(command, tmp_path):
+    exit_code(stopped_without_a_terminal, command(tmp_path))
+    assert saved(tmp_path) == ["checkpoint-6"]
 
 
-class Stop(Exception):
-    pass
+def trouble(arguments, capsys):
+    """The only line on stderr, but for the progress bar and a warning, of a run that must end with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        longrope.run(lambda: finetune.main(arguments), "lower --micro-batch-size")
+    gc.collect()
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.strip() and "%|" not in line and "has no place" not in line]
+    assert len(lines) == 1, said
+    return lines[0]
+
+
+def failing(function, after, error=None):
+    """After so many calls `error` is raised, or without one the loss is not finite."""
+    calls = iter(range(10**6))
+
+    def call(*given, **more):
+        if next(calls) < after:
+            return function(*given, **more)
+        if error:
+            raise type(error)(*error.args)  # a new one, without the traceback of the last
+        return function(*given, **more) * torch.nan
+    return call
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where, name, after, error, said, found", [
+    (finetune, "loss_of", 10, None, "the loss is nan", ["checkpoint-4"]),  # two calls a step
+    (finetune, "loss_of", 10, torch.OutOfMemoryError("Tried to allocate 2.00 GiB."),
+     "out of memory, Tried to allocate 2.00 GiB: lower --micro-batch-size", ["checkpoint-4"]),
+    (torch, "save", 0, FULL, "No space left", ["checkpoint-4.part"]),
+    (longrope, "save_file", 0, SafetensorError("I/O error: No space left on device"), "No space left", [LAST]),
+    (finetune, "plot_loss", 0, FULL, "No space left", [LAST]),
+])
+def test_trouble_is_one_line_and_leaves_what_the_same_command_goes_on_from(
+        finetuned, command, tmp_path, capsys, monkeypatch, where, name, after, error, said, found):
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, failing(getattr(where, name), after, error))
+        assert said in trouble(command(tmp_path), capsys)
+    assert saved(tmp_path) == found and len(steps(tmp_path)) == {"loss_of": 5, "save": 4}.get(name, STEPS)
+    finetune.main(command(tmp_path))
+    assert_same_result(tmp_path, finetuned)
 
 
 @pytest.fixture
-def stopped(tiny, inputs, tmp_path, monkeypatch, capsys):
-    """--out of a run that ended after its first checkpoint, of step 4."""
-    save = finetune.save_checkpoint
-
-    def save_and_stop(*arguments):
-        save(*arguments)
-        raise Stop
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(finetune, "save_checkpoint", save_and_stop)
-        finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"])
-    capsys.readouterr()
-    return tmp_path
+def stopped(command, tmp_path, monkeypatch, capsys):
+    """--out of a run that ended in its fifth step, with a checkpoint of four."""
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "loss_of", failing(finetune.loss_of, 8, OSError("stop")))
+        trouble(command(tmp_path / "stopped"), capsys)
+    return tmp_path / "stopped"
 
 
-def test_a_checkpoint_says_where_in_the_data_it_is(stopped):
-    saved = json.loads((stopped / "checkpoint-4" / "run.json").read_text())
-    assert saved["step"] == 4 and saved["segments_read"] == 16 and saved["seed"] == 0
+def test_another_setup_is_refused_and_what_differs_named(stopped, tiny, command, tmp_path, capsys):
+    other, before = tmp_path / "other", (stopped / "log.jsonl").read_bytes()
+    save_tiny(other, initializer_range=0.2)
+    shutil.copy(tiny / "tokenizer.json", other)
+    (other / "text.txt").write_text(prose(4, 60) * 60)
+    write_json(tmp_path / "rope.json", rope_to_dict(make_rope(random_factors(2, 2), 2.0)))
+    for flag, value, differs in (
+            ("model", other, "weights_sha256"), ("data", other / "text.txt", "data_sha256"), ("seed", 1, "seed"),
+            ("len", WINDOW, "len, data_sha256"), ("batch-size", 2, "batch_size"), ("lr", 1e-5, "lr"),
+            ("rope", tmp_path / "rope.json", "rope"), ("schedule", "constant", "schedule"), ("steps", 40, "steps"),
+            ("warmup", 4, "warmup"), ("mix", WINDOW // 2, "mix"), ("dtype", "bfloat16", "dtype")):
+        line = trouble(command(stopped, f"--{flag}", value), capsys)
+        assert f"another {differs}; give another --out" in line
+    assert (stopped / "log.jsonl").read_bytes() == before and saved(stopped) == ["checkpoint-4"]
 
 
-def test_resume_refuses_another_model_data_or_length(stopped, tiny, inputs, capsys):
-    save_tiny(stopped / "other", initializer_range=0.2)
-    (stopped / "other" / "tokenizer.json").write_bytes((tiny / "tokenizer.json").read_bytes())
-    (stopped / "other.txt").write_text(prose(4, 60) * 60)
-    for change, value, said in (("--model", stopped / "other", "another model"), ("--len", LENGTH - 8, "len"),
-                                ("--data", stopped / "other.txt", "another data"), ("--batch-size", 2, "batch_size"),
-                                ("--rope", "pi", "another rope"), ("--seed", 1, "another seed"),
-                                ("--lr", 1e-5, "another lr"), ("--schedule", "constant", "another schedule"),
-                                ("--steps", 40, "steps"), ("--clip", 2.0, "clip"), ("--mix", WINDOW, "another mix")):
-        line = complaint(finetune.main, capsys, *command(tiny, inputs, stopped), "--resume", change, value)
-        assert said in line and "checkpoint-4" in line
-    assert (stopped / "checkpoint-4").exists() and len(losses(stopped)) == 4
+@pytest.mark.parametrize("file", [".metadata", "*.distcp"])
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 900), lambda file: file.write_bytes(bytes(10**6)),
+                                    os.unlink], ids=["torn", "overwritten", "lost"])
+def test_a_damaged_checkpoint_is_one_line(stopped, command, capsys, file, damage):
+    damage(next((stopped / "checkpoint-4").glob(file)))
+    assert str(stopped / "checkpoint-4") in trouble(command(stopped), capsys)
+    assert len(steps(stopped)) == 4
 
 
-def test_a_new_run_does_not_take_the_place_of_one_that_can_go_on(stopped, tiny, inputs, capsys):
-    assert "--resume" in complaint(finetune.main, capsys, *command(tiny, inputs, stopped))
-    assert (stopped / "checkpoint-4").exists() and len(losses(stopped)) == 4
+def test_the_second_of_two_runs_in_one_directory_is_refused(finetuned, command, tmp_path, capsys, monkeypatch):
+    def second(data, step, *rest):
+        assert step != 2 or "another run is writing there" in trouble(command(tmp_path), capsys)
+        return batch_of(data, step, *rest)
+    monkeypatch.setattr(finetune, "batch_of", second)
+    finetune.main(command(tmp_path))
+    assert_same_result(tmp_path, finetuned)
 
 
-def test_a_checkpoint_that_is_not_whole_changes_nothing(stopped, tiny, inputs, monkeypatch, capsys):
-    def half(state, checkpoint_id):
-        checkpoint_id.mkdir()
-        (checkpoint_id / "half").write_text("")
-        raise Stop
-    arguments = [*command(tiny, inputs, stopped), "--device", "cpu", "--resume"]
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(finetune.dcp, "save", half)
-        finetune.main(arguments)
-    assert sorted(path.name for path in stopped.glob("checkpoint*")) == ["checkpoint-4", "checkpoint-8.part"]
-    finetune.main(arguments)
-    assert "resumed at step 4" in capsys.readouterr().out and len(losses(stopped)) == STEPS
-
-
-def test_text_is_tokenised_once(tiny, inputs, tmp_path, monkeypatch):
-    (tmp_path / "text.txt").write_text((inputs / "text.txt").read_text())
-    tokenizer, calls = load_tokenizer(tiny), []
-
-    def counted(*arguments):
-        calls.append(1)
-        yield from segments(*arguments)
-    monkeypatch.setattr(finetune, "segments", counted)
-
-    def read():
-        return read_documents([tmp_path / "text.txt"])
-    first, source = finetune.tokenised(read, tokenizer, 64, BOS, EOS, tmp_path)
-    again, same = finetune.tokenised(read, tokenizer, 64, BOS, EOS, tmp_path)
-    assert len(calls) == 1 and same == source and torch.equal(first, again)
-    assert torch.equal(first, cut(read(), tokenizer, 64))
-    (tmp_path / "text.txt").write_text(prose(4, 600))
-    other, new = finetune.tokenised(read, tokenizer, 64, BOS, EOS, tmp_path)
-    assert len(calls) == 2 and new != source and torch.equal(other, cut(read(), tokenizer, 64))
-    assert finetune.tokenised(read, tokenizer, 32, BOS, EOS, tmp_path)[0].shape[1] == 32
-    assert len(list(tmp_path.glob("segments-*"))) == 1  # the others are gone
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes and memory
-
-
-def test_recipes_set_the_papers_values_and_flags_override_them(tiny_model):
-    def completed(*given):
-        args = finetune.parser().parse_args(["--rope", "none", *given])
-        finetune.complete(args, tiny_model, torch.device("cuda"))
-        return args.lr, args.schedule, args.batch_size, args.steps, args.len, args.warmup, args.clip
-    assert completed("--recipe", "llama2") == (2e-5, "linear", 32, 400, 8 * WINDOW, 20, 1.0)
-    assert completed("--recipe", "mistral") == (1e-6, "constant", 64, 400, 16384, 20, 1.0)
-    assert completed("--recipe", "mistral", "--lr", "0.1", "--len", "32") == (0.1, "constant", 64, 400, 32, 20, 1.0)
-    assert completed() == (2e-5, "linear", 32, 20, 8 * WINDOW, 5, 1.0)
-
-
-def test_the_mistral_recipe_trains_within_the_window_under_the_long_factors(tiny, inputs, tmp_path, tiny_rope, capsys):
-    tiny_rope.save(tmp_path / "rope.json")
-    short = ["--device", "cpu", "--rope", str(tmp_path / "rope.json"), "--len", str(WINDOW), "--steps", "1"]
-    finetune.main([*command(tiny, inputs, tmp_path / "out"), *short, "--recipe", "mistral"])
-    finetune.main([*command(tiny, inputs, tmp_path / "plain"), *short])
-    assert f"{max(tiny_rope.rescale_factors):.2f}" in capsys.readouterr().out.splitlines()[1]
-    assert abs(losses(tmp_path / "out")[0] - losses(tmp_path / "plain")[0]) > 1e-3
-    assert Rope.load(tmp_path / "out" / "rope.json") == tiny_rope  # with its short set
-
-
-def test_segments_cut_by_chance_are_trained_under_the_short_set_within_the_window(tiny, inputs, tmp_path, capsys):
-    """With a learning rate of 0 every step's loss is that of the model as it was, on pieces of the step's length."""
-    rope = replace(Rope.load(inputs / "rope.json"), short=Rope(random_factors(4, 2), 10000.0, WINDOW),
-                   short_max_length=WINDOW)
-    rope.save(tmp_path / "rope.json")
-    finetune.main([*command(tiny, inputs, tmp_path / "out"), "--device", "cpu", "--rope", str(tmp_path / "rope.json"),
-                   "--lr", "0", "--mix", f"{WINDOW}:2", str(WINDOW // 2)])
-    assert f"{LENGTH} tokens, whole or cut to {WINDOW} or {WINDOW // 2}, of" in capsys.readouterr().out
-    data = cut(read_documents([inputs / "text.txt"]), load_tokenizer(tiny), LENGTH)
-    log, model = read_lines(tmp_path / "out" / "log.jsonl"), load_model(tiny, rope, device="cpu")
-    assert {line["len"] for line in log} == {LENGTH, WINDOW, WINDOW // 2}
-    for line in log:
-        pieces = batch_of(data, line["step"], 4, 0, (WINDOW, WINDOW, WINDOW // 2))
-        assert pieces.shape == (4 * LENGTH // line["len"], line["len"])
-        assert (pieces[:, 0] == BOS).all() and (pieces[:, -1] == EOS).all()
-        logits = model(pieces)  # long or short by the pieces' length
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), pieces[:, 1:].flatten())
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert Rope.load(tmp_path / "out" / "rope.json") == rope
-
-
-def test_pieces_of_all_lengths_share_two_graphs_a_part(tiny, tiny_rope):
-    """One for a single piece, one for any number of them; of each the part before attention and the one after."""
-    graphs = []
-    torch._dynamo.reset()
-    model = load_model(tiny, tiny_rope, device="cpu").requires_grad_(True)
-    finetune.recompute(model)
-    compile_blocks(model, backend=lambda graph, inputs: [graphs.append(graph), graph][1])
-    for rows, length in ((1, 128), (2, 64), (4, 32), (8, 16), (1, 128), (2, 64)):
-        finetune.loss_of(model, random_tokens(rows * length).view(rows, length), torch.float32).backward()
-    assert len(graphs) == 4
-    torch._dynamo.reset()
-
-
-def test_a_killed_run_of_cut_segments_goes_on_as_it_was(tiny, inputs, tmp_path, capsys):
-    rope = Rope.load(inputs / "rope.json")
-    replace(rope, short=Rope.none(HEAD_DIM, 10000.0, WINDOW), short_max_length=WINDOW).save(tmp_path / "rope.json")
-    mixed = ["--device", "cpu", "--rope", str(tmp_path / "rope.json"), "--mix", str(WINDOW), "--resume"]
-    finetune.main([*command(tiny, inputs, tmp_path / "whole"), *mixed])
-    killed([*command(tiny, inputs, tmp_path / "killed"), *mixed], 6)
-    finetune.main([*command(tiny, inputs, tmp_path / "killed"), *mixed])
-    assert "resumed at step 4" in capsys.readouterr().out
-    whole, again = (read_lines(tmp_path / name / "log.jsonl") for name in ("whole", "killed"))
-    assert [(line["len"], line["loss"]) for line in whole] == [(line["len"], line["loss"]) for line in again]
-
-
-class CountAttention(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.forward = self.backward = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.forward += op in finetune.attention_ops()
-        self.backward += "attention" in str(op) and "backward" in str(op)
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_checkpointing_computes_all_again_but_attention(tiny, tiny_rope, compiled):
-    """Without a kept output attention would run twice in each of the two layers."""
-    gradients, bytes_kept = [], []
-    for recompute in (False, True):
-        model = load_model(tiny, tiny_rope, device="cpu").requires_grad_(True)
-        if compiled:
-            compile_blocks(model, backend="aot_eager")
-        if recompute:
-            finetune.recompute(model)
-        kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
-            loss = finetune.loss_of(model, random_tokens(LENGTH), torch.float32)
-        bytes_kept.append(sum(x.nbytes for x in kept.values()))
-        with CountAttention() as count:
-            finetune.loss_of(model, random_tokens(LENGTH), torch.float32).backward()
-        assert (count.forward, count.backward) == (2, 2)
-        gradients.append([p.grad for p in model.parameters()])
-        assert loss.requires_grad
-    for one, two in zip(*gradients):
-        assert torch.equal(one, two)
-    assert bytes_kept[1] < 0.7 * bytes_kept[0], bytes_kept
-
-
-def test_checkpointing_is_on_where_activations_are_large(tiny_model):
-    def on(*given):
-        args = finetune.parser().parse_args(["--rope", "none", *given])
-        finetune.complete(args, tiny_model, torch.device("cpu"))
-        return args.checkpointing
-    # 5e8 / 2 layers / width 128 = 1953125 tokens
-    assert not on("--len", "1000000") and on("--len", "2000000")
-    assert on("--len", "1000000", "--micro-batch-size", "2", "--batch-size", "2")
-    assert on("--len", "1000000", "--checkpointing") and not on("--len", "2000000", "--no-checkpointing")
-
-
-def test_out_of_memory_is_one_line_that_says_what_to_lower(tiny, inputs, tmp_path, monkeypatch, capsys):
-    def starved(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(finetune, "loss_of", starved)
-    with pytest.raises(SystemExit) as end:
-        run(lambda: finetune.main([*command(tiny, inputs, tmp_path), "--device", "cpu"]), finetune.REMEDY)
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and "out of memory, Tried to allocate 2.00 GiB" in line and "--micro-batch-size" in line
-
-
-def test_a_kernel_can_be_forced(tiny, inputs, tmp_path, capsys, finetuned):
-    try:
-        finetune.main([*command(tiny, inputs, tmp_path), "--steps", "1", "--attention", "math"])
-    finally:
-        use_attention(None)
-    assert read_lines(tmp_path / "log.jsonl")[0]["loss"] > 0
-
-
-def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bundled, tmp_path, monkeypatch):
-    def rope_for(*given):
-        args = finetune.parser().parse_args(given)
-        return finetune.complete(args, bundled.model, torch.device("cpu")), args.rope
-    monkeypatch.chdir(tmp_path)
-    committed = bundled.path.parent / "rope.json"
-    assert rope_for() == rope_for("--len", "8192") == (Rope.load(committed), str(committed))
-    with pytest.raises(UserError, match=r"--len 2048: the model reaches 1024 tokens, its s being 1; search"):
-        rope_for("--len", "2048")
-    with pytest.raises(UserError, match=r"--len 16384: \S+rope.json reaches 8192 tokens, its s being 8; search"):
-        rope_for("--len", "16384", "--rope", str(committed))
-    with pytest.raises(UserError, match=r"--len 8192: yarn:4 reaches 4096 tokens"):
-        rope_for("--rope", "yarn:4")
-    with pytest.raises(UserError, match=r"--len 0: a segment is"):
-        rope_for("--len", "0")
-    assert set(rope_for("--len", "2048", "--rope", "none", "--mix", "1024")[0].rescale_factors) == {1.0}
-    assert set(rope_for("--len", "2048", "--rope", "none")[0].rescale_factors) == {1.0}
-    assert rope_for("--len", "1024")[0] == bundled.model.config.rope
-    found = tmp_path / "out" / "search-2048" / "rope.json"
-    found.parent.mkdir(parents=True)
-    Rope.named("yarn:2", bundled.model.config, 2048).save(found)
-    assert rope_for("--len", "2048") == (Rope.load(found), "out/search-2048/rope.json")
-
-
-def test_resume_starts_at_the_beginning_without_a_checkpoint_and_leaves_a_whole_run_alone(
-        tiny, inputs, tmp_path, finetuned, capsys):
-    arguments = [*command(tiny, inputs, tmp_path), "--device", "cpu", "--steps", "2", "--warmup", "0", "--lr", "1e-3"]
-    finetune.main([*arguments, "--resume"])
-    assert len(losses(tmp_path)) == 2 and losses(tmp_path)[0] == losses(finetuned[1])[0]
-    assert "earlier run" not in capsys.readouterr().out
-    written = (tmp_path / "run.json").read_bytes()  # with the seconds it took
-    finetune.main([*arguments, "--resume"])
-    assert "this run came to its end" in capsys.readouterr().out
-    assert (tmp_path / "run.json").read_bytes() == written
-    for again in (["--resume", "--seed", "1"], []):
-        finetune.main([*arguments, *again])
-        assert "the model of an earlier run, which will be replaced" in capsys.readouterr().out
-    assert (tmp_path / "run.json").read_bytes() != written
-
-
-def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, inputs, tmp_path, capsys):
-    for size in (1, 3, 4):  # 3 leaves a smaller rest
-        finetune.main([*command(tiny, inputs, tmp_path / str(size)), "--device", "cpu", "--steps", "4",
-                       "--micro-batch-size", str(size)])
-    capsys.readouterr()
-    one, three, four = (torch.tensor(losses(tmp_path / name)) for name in ("1", "3", "4"))
-    assert one[0] - one[-1] > 0.05  # the weights have moved
-    assert_close(one, four, atol=1e-4, rtol=0)
-    assert_close(three, four, atol=1e-4, rtol=0)
+def test_neither_a_whole_run_nor_weights_of_something_else_are_written_over(
+        finetuned, tiny, command, tmp_path, capsys):
+    def contents(path):
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+    before, own = contents(finetuned), shutil.copytree(tiny, tmp_path / "own")
+    finetune.main(command(finetuned))
+    assert "is whole" in capsys.readouterr().out and contents(finetuned) == before
+    for model in (tiny, own):
+        assert "give another directory" in complaint(finetune.main, capsys, *command(own, "--model", model))
+    assert contents(own) == contents(tiny)
 
 
 @pytest.mark.parametrize("changes, said", [
-    (["--model", "nowhere"], "nowhere"),
-    (["--data", "nowhere.txt"], "nowhere.txt"),
-    (["--rope", "nowhere.json"], "nowhere.json"),
-    (["--len", "100000", "--rope", "none"], "no document fills one segment of 100000 tokens"),
+    (["--model", "nowhere"], "nowhere"), (["--data", "nowhere.txt"], "nowhere.txt"),
+    (["--rope", "nowhere.json"], "nowhere.json"), (["--lr", "0"], "--lr must be"),
+    (["--dtype", "float16"], "bfloat16 or float32"), (["--mix", "1"], "--mix 1: "),
+    (["--len", "6400", "--rope", "none"], "too few for a segment of 6400"),
     (["--mix", "64", "100"], f"--mix 100: --len {LENGTH} must be a multiple of it"),
-    (["--mix", "1"], "--mix 1: "),
-    (["--warmup", "-1"], "--warmup must be 0 or more"),
-    (["--rope", "yarn", "--mix", str(WINDOW)], f"--mix {WINDOW} is within the model's window of {WINDOW} tokens, but"),
+    (["--rope", "yarn"], f"--mix {WINDOW} is within the model's window of {WINDOW} tokens, but"),
 ])
-def test_a_users_mistake_is_one_line_and_exit_code_2(tiny, inputs, tmp_path, capsys, changes, said):
-    assert said in complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), *changes)
+def test_a_users_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, changes, said):
+    assert said in complaint(finetune.main, capsys, *command(tmp_path / "out", *changes))
     assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("entry", ["64:x", "64:0", "64:-1", "64:", ":3", "-64"])
 def test_an_entry_of_mix_that_makes_no_sense_is_refused(capsys, entry):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         finetune.parser().parse_args([f"--mix={entry}"])
-    assert ended.value.code == 2 and f"{entry} is no LEN or LEN:TIMES" in capsys.readouterr().err
+    assert f"{entry} is no LEN or LEN:TIMES" in capsys.readouterr().err
 
 
-def test_a_rope_json_for_another_head_dim_is_one_line_and_exit_code_2(tiny, inputs, tmp_path):
-    Rope.longrope([2.0] * 64, 10000.0, WINDOW, 2.0).save(tmp_path / "rope.json")
-    done = run_script("finetune.py", *command(tiny, inputs, tmp_path / "out"), "--rope", tmp_path / "rope.json")
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "64 factors are for head_dim 128" in done.stderr and f"head_dim {HEAD_DIM}" in done.stderr
-    assert not (tmp_path / "out").exists()
+# ---------------------------------------------------------------------------------------------------------------------
+# Defaults and memory
 
 
-def test_a_model_without_bos_and_eos_is_the_users_mistake(tiny, inputs, tmp_path, capsys):
-    for file in tiny.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tiny / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    said = complaint(finetune.main, capsys, *command(tiny, inputs, tmp_path / "out"), "--model", tmp_path)
-    assert "eos_token_id" in said
+def completed(model, *given):
+    args = finetune.parser().parse_args([str(x) for x in given])
+    return finetune.complete(args, model, torch.device("cpu")), args
+
+
+def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bundled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    committed, model = bundled.path.parent / "rope.json", bundled.model
+    for given in ((), ("--len", 8192)):
+        rope, args = completed(model, *given)
+        assert rope == load_rope(committed) and args.rope == str(committed) and args.len == 8192
+    for given, said in ((("--len", 2048), "the model reaches 1024 tokens; search"),
+                        (("--len", 16384, "--rope", committed), "rope.json reaches 8192 tokens; search"),
+                        (("--rope", "yarn:4"), "--len 8192: yarn:4 reaches 4096 tokens")):
+        with pytest.raises(UserError, match=said):
+            completed(model, *given)
+    assert completed(model, "--len", 2048, "--rope", "none", "--mix", 1024)[0].long == plain(HEAD_DIM // 2)
+    assert completed(model, "--len", 1024)[0] == model.config.rope
+    searched = resolve_rope("yarn:2", model)
+    write_json(tmp_path / "out" / "search-2048" / "rope.json", rope_to_dict(searched))
+    rope, args = completed(model, "--len", 2048)
+    assert rope == searched and args.rope == "out/search-2048/rope.json"
+
+
+def test_checkpointing_is_on_where_activations_are_large(tiny_model):
+    def on(*given):
+        return completed(tiny_model, "--rope", "none", "--len", *given)[1].checkpointing
+    # 5e8 / 2 layers / width 128 = 1953125 tokens
+    assert not on(1000000) and on(2000000) and on(1000000, "--micro-batch-size", 2, "--batch-size", 2)
+    assert on(1000000, "--checkpointing") and not on(2000000, "--no-checkpointing")
+
+
+class CountAttention(TorchDispatchMode):
+    forward = backward = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        attention, backward = "_scaled_dot_product" in str(op), "backward" in str(op)
+        self.forward, self.backward = self.forward + (attention > backward), self.backward + (attention and backward)
+        return op(*args, **(kwargs or {}))
+
+
+def test_checkpointing_computes_all_again_but_attention(tiny, tiny_rope):
+    """Without a kept output attention would run twice in each of the two layers."""
+    gradients, bytes_kept = [], []
+    for recompute in (False, True):
+        model, kept = load_model(tiny, tiny_rope, device="cpu").requires_grad_(True), {}
+        if recompute:
+            finetune.recompute(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+            finetune.loss_of(model, random_tokens(LENGTH), torch.float32)
+        bytes_kept.append(sum(x.nbytes for x in kept.values()))
+        with CountAttention() as attention:
+            finetune.loss_of(model, random_tokens(LENGTH), torch.float32).backward()
+        assert (attention.forward, attention.backward) == (2, 2)
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients))
+    assert bytes_kept[1] < 0.7 * bytes_kept[0], bytes_kept

@@ -4,18 +4,19 @@ import json
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from eval_passkey import FILLER, NEEDLE, QUESTION, TASK
+from finetune import segments
 from longrope import load_model, load_tokenizer
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def make_model():
-    spec = importlib.util.spec_from_file_location("make_model", REPOSITORY / "assets" / "make_model.py")
+    spec = importlib.util.spec_from_file_location("make_model", ROOT / "assets" / "make_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,23 +40,16 @@ def test_files_that_share_lines_with_the_standard_library_are_left_out(make_mode
     assert list(found) == ["own"] and "convolve_899" in found["own"]
 
 
-def test_a_passkey_document_fills_one_segment_and_holds_question_and_key(make_model):
-    tokenizer = load_tokenizer()
-    for text in make_model.passkey_documents(tokenizer, ["a long book " * 5000], 20):
-        tokens = tokenizer.encode(text, add_special_tokens=False).ids
-        assert make_model.WINDOW - 1 <= len(tokens) < 2 * (make_model.WINDOW - 1)
-        segment = tokenizer.decode(tokens[:make_model.WINDOW - 1])
-        key = segment.split("The pass key is ")[1][:5]
-        assert key.isdigit() and f"{QUESTION} {key}" in segment
-
-
-def test_a_share_of_the_keys_stands_at_the_very_start_or_end(make_model):
+def test_passkey_documents_fill_a_segment_each_and_a_share_of_the_keys_stands_at_an_end(make_model):
     tokenizer, shares = load_tokenizer(), []
     for ends in (0.0, 0.5):
-        at_an_end = 0
-        for text in make_model.passkey_documents(tokenizer, ["a long book " * 5000], 60, ends):
+        texts, at_an_end = [*make_model.passkey_documents(tokenizer, ["a long book " * 5000], 60, ends)], 0
+        found = np.concatenate([*segments(((text, text) for text in texts), tokenizer, make_model.WINDOW + 1, 0, 1)])
+        assert [tokenizer.decode(row) for row in found[:, 1:-1].tolist()] == texts and len(texts) == 60
+        for text in texts:
             before, _, after = text.partition(QUESTION)[0].partition("The pass key is ")
             at_an_end += before.endswith("there.\n\n") or after.endswith("is the pass key.\n\n")
+            assert after[:5].isdigit() and f"{QUESTION} {after[:5]}" in text
         shares.append(at_an_end / 60)
     assert shares[0] < 0.1 and 0.3 < shares[1] < 0.7
 
@@ -68,6 +62,8 @@ def test_the_whole_of_it_at_toy_size_ends_in_a_directory_that_loads(make_model, 
     monkeypatch.setattr("sys.argv", ["make_model.py", "--books", str(tmp_path / "books"), "--python", str(packages),
                                      "--passkeys", "3", "--steps", "1", "--batch-size", "1", "--out", str(tmp_path)])
     monkeypatch.setattr(make_model, "ANNEAL", 1)
+    monkeypatch.setattr(make_model, "CONFIG", make_model.CONFIG | {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1})
     make_model.main()
     made = json.loads((tmp_path / "made.json").read_text())
     assert made["books"] == 1 and made["passkey_documents"] == 3 + 8 and list(made["packages"]) == ["own"]

@@ -7,67 +7,51 @@ of each document. Less context means windows of --context tokens that move by an
 least 7/8 of --context before it.
 """
 import argparse
-import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from eval_ppl import resolve_ropes, spans  # noqa: E402
-from longrope import (  # noqa: E402
-    UserError,
-    add_arguments,
-    begin,
-    describe,
-    load_tokenizer,
-    read_documents,
-    run,
-    window_nll,
-    windows,
-    write_json,
-)
+import longrope  # noqa: E402
+from eval_ppl import spans  # noqa: E402
+from longrope import load_tokenizer, perplexity, window_nll  # noqa: E402
 
 
 def last_quarter(model, tokens, context):
-    """Summed -log p of the last quarter of `tokens`, each with about `context` tokens before it."""
+    """-log p of the last quarter of `tokens`, each with about `context` tokens before it."""
     length, first = len(tokens), len(tokens) * 3 // 4
     if context == length:
-        return window_nll(model, tokens, first).sum().item()
+        return window_nll(model, tokens, first).tolist()
     part = tokens[first - context * 7 // 8:]  # so that a window ends every eighth of it from `first` on
-    total, count = 0.0, 0
-    for start, scored in spans(len(part), context, context // 8):
-        nll = window_nll(model, part[start:start + context], max(scored, context * 7 // 8 - start))
-        total, count = total + nll.sum().item(), count + len(nll)
-    assert count == length - first
-    return total
+    found = [x for start, scored in spans(len(part), context, context // 8) for x in window_nll(
+        model, part[start:start + context], max(scored, context * 7 // 8 - start)).tolist()]
+    assert len(found) == length - first
+    return found
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(p)
+    longrope.add_arguments(p)
     p.add_argument("--rope", nargs="+", default=["model"], help="as eval_ppl.py's (default: model)")
     p.add_argument("--len", type=int, default=131072)
-    p.add_argument("--context", type=int, nargs="+", default=[8192, 32768])
     p.add_argument("--doc-tokens", type=int, default=524288)
+    p.add_argument("--context", type=int, nargs="+", default=[8192, 32768], help="each at most 3/4 of --len")
     p.add_argument("--samples", type=int, default=10)
     p.add_argument("--out", type=Path, default=Path("out/last-quarter.json"))
     args = p.parse_args()
-    if args.len > args.doc_tokens or not all(8 <= n <= args.len * 3 // 4 or n == args.len for n in args.context):
-        raise UserError("--context must be from 8 to 3/4 of --len, and --len at most --doc-tokens")
-    model = begin(args)
-    documents = windows(read_documents(args.data, 5 * args.doc_tokens), load_tokenizer(args.model), args.doc_tokens,
-                        args.samples)
-    found = [w for d in documents for w in d.tokens.split(args.len) if len(w) == args.len]
-    tokens, rows = len(found) * (args.len - args.len * 3 // 4), []
-    print(f"perplexity of {tokens} tokens, the last quarter of {len(found)} windows of {args.len}")
-    for (name, context), rope in resolve_ropes(args.rope, {*args.context, args.len}, model).items():
+    model, tokenizer, rows = longrope.begin(args), load_tokenizer(args.model), []
+    texts = longrope.read_documents(args.data, 5 * args.doc_tokens)
+    documents = longrope.windows(texts, tokenizer, args.doc_tokens, args.samples)
+    found = [part for _, tokens in documents for part in tokens.split(args.len) if len(part) == args.len]
+    print(f"perplexity of the last quarter of {len(found)} windows of {args.len}")
+    for (name, context), rope in longrope.resolve_ropes(args.rope, {*args.context, args.len}, model).items():
         model.rope = rope
-        nll = sum(last_quarter(model, w, context) for w in found)
-        rows.append({"rope": name, "context": context, "windows": len(found), "tokens": tokens, "nll": nll,
-                     "ppl": math.exp(nll / tokens)})
-        print(f"{name:40} context {context:7} {rows[-1]['ppl']:9.3f}", flush=True)
-        write_json(args.out, {"setup": describe(model, args), "documents": [d.document for d in documents],
-                              "length": args.len, "rows": rows})
+        nll = [x for tokens in found for x in last_quarter(model, tokens, context)]
+        ppl, counts = perplexity(nll, len(nll)), {"windows": len(found), "tokens": len(nll)}
+        rows.append({"rope": name, "context": context, **counts, "nll": sum(nll), "ppl": ppl})
+        print(f"{name:40} context {context:7} {ppl:9.3f}", flush=True)
+        longrope.write_json(args.out, {"setup": longrope.describe(model, tokenizer) | longrope.recorded(args),
+                                       "documents": [name for name, _ in documents], "length": args.len, "rows": rows})
 
 
 if __name__ == "__main__":
-    run(main)
+    longrope.run(main)

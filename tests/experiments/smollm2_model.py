@@ -4,8 +4,7 @@
     $ pip install gguf accelerate
     $ python tests/experiments/smollm2_model.py SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-135M
 
-Its weights are a little worse than those on the Hub, which do as well (HuggingFaceTB/SmolLM2-135M-Instruct), but give
-other numbers than results/smollm2.
+Those on the Hub, HuggingFaceTB/SmolLM2-135M-Instruct, are a little better, but give other numbers.
 """
 import json
 import sys
@@ -15,12 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 # transformers' reader of GGUF loses that SmolLM's tokenizer takes digits one by one, and its epsilon
-SPLIT = {"type": "Sequence", "pretokenizers": [
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+SPLIT = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {
+    "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
 
-
-def main(gguf, out):
+if __name__ == "__main__":
+    gguf, out = map(Path, sys.argv[1:])
     where = {"pretrained_model_name_or_path": str(gguf.parent.resolve()), "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     dropped = ("quantization_config", "_name_or_path", "torch_dtype", "dtype")
@@ -29,9 +27,6 @@ def main(gguf, out):
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(**where).save_pretrained(out)
-    path = out / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": SPLIT}, ensure_ascii=False))
+    tokenizer = json.loads((out / "tokenizer.json").read_text()) | {"pre_tokenizer": SPLIT}
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

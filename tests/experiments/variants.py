@@ -1,20 +1,21 @@
-"""Ropes to compare a search's result with: formulas with its attention factor, and the result without its parts.
+"""Ropes to compare a search's result with: formulas with its attention factor, and the result in part.
 
     $ python tests/experiments/variants.py --model DIR --rope out/search-65536/rope.json --out out/variants
 
-Writes, each for the length that the search was for, {pi,ntk,yarn}-su.json: cos and sin multiplied by
-sqrt(1 + ln s / ln L0) in place of the methods' own factor; lambda.json: n_hat 0 and no multiplier;
-lambda-n_hat.json: no multiplier; long.json: the long set at every length. With --least NUMBER bounded.json alone: no
-factor below NUMBER where a pair makes no full turn within the original window (LongRoPE2, arXiv 2502.20082, wants at
-least s). With --times NUMBER ... NUMBER.json alone: the attention factors of both sets NUMBER times as large.
+Writes {pi,ntk,yarn}-su.json, for the length that the search was for and with sqrt(1 + ln s / ln L0) in place of the
+methods' own attention factor, and long.json, the long set at every length. With --least NUMBER bounded.json alone: no
+factor below NUMBER where a pair makes no full turn within the window (LongRoPE2, arXiv 2502.20082, wants at least s).
 """
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from longrope import Rope, load_model, su_factor  # noqa: E402
+from longrope import inv_freq_of, load_model, resolve_rope, rope_to_dict, run, su_factor, write_json  # noqa: E402
 
 
 def main():
@@ -22,31 +23,21 @@ def main():
     p.add_argument("--model", required=True, help="the model that was searched for")
     p.add_argument("--rope", type=Path, required=True, help="rope.json of a search")
     p.add_argument("--least", type=float, help="of the factors of pairs that make no full turn within the window")
-    p.add_argument("--times", type=float, nargs="+", help="of the attention factors")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     model = load_model(args.model, args.rope, device="meta")
-    found = model.rope
+    found, lambdas = model.rope, np.array(model.rope.long.rescale_factors)
     if args.least:
-        turns = Rope.none(model.config.head_dim, found.rope_theta, model.window).turns(model.window)
-        bounded = [max(factor, args.least) if times < 1 else factor
-                   for factor, times in zip(found.rescale_factors, turns)]
-        replace(found, rescale_factors=tuple(bounded)).save(args.out / "bounded.json")
-        return
-    if args.times:
-        for times in args.times:
-            short = found.short and replace(found.short, attention_factor=times * found.short.attention_factor)
-            scaled = replace(found, attention_factor=times * found.attention_factor, short=short)
-            scaled.save(args.out / f"{times}.json")
-        return
-    short = {"short": found.short, "short_max_length": found.short_max_length}
-    for name in ("pi", "ntk", "yarn"):
-        rope = getattr(Rope, name)(model.config.head_dim, found.rope_theta, model.window, found.scale)
-        replace(rope, attention_factor=su_factor(found.scale, model.window), **short).save(args.out / f"{name}-su.json")
-    replace(found, attention_factor=1.0).save(args.out / "lambda-n_hat.json")
-    replace(found, attention_factor=1.0, n_hat=0).save(args.out / "lambda.json")
-    replace(found, short=None).save(args.out / "long.json")
+        turns = model.window / (2 * math.pi) * inv_freq_of(np.ones(len(lambdas)), found.rope_theta)
+        lambdas = np.where(turns < 1, np.maximum(lambdas, args.least), lambdas)
+        made = {"bounded": replace(found, long=replace(found.long, rescale_factors=tuple(lambdas.tolist())))}
+    else:
+        made = {f"{name}-su": replace(found, long=replace(
+            resolve_rope(f"{name}:{found.scale}", model).long, attention_factor=su_factor(found.scale, model.window)))
+            for name in ("pi", "ntk", "yarn")} | {"long": replace(found, short=None, short_max_length=0)}
+    for name, rope in made.items():
+        write_json(args.out / f"{name}.json", rope_to_dict(rope))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

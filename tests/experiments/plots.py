@@ -1,0 +1,76 @@
+"""Perplexity and pass keys over the length: of the progressive run and of SmolLM2.
+
+    $ python tests/experiments/plots.py           # assets/progressive.png and assets/smollm2_ppl.png, from results/
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROGRESSIVE = (  # label, files, end of the rope's name, colour, line
+    ("as trained", "as-trained", "none", "#999999", "-"),
+    ("searched for 32x", "as-trained", "search-32x/rope.json", "#56B4E9", "--"),
+    ("searched for 64x", "as-trained", "search-64x/rope.json", "#E69F00", "--"),
+    ("fine-tuned at 32x", "32x", "model", "#0072B2", "-"),
+    ("fine-tuned at 64x", "64x", "model", "#D55E00", "-"),
+    ("second stage, 512x", "64x", "search-512x/rope.json", "#009E73", "-"))
+SMOLLM2 = (
+    ("as trained", "128k", "none", "#999999", "-"),
+    ("YaRN", "64k", "yarn", "#E69F00", "-"),
+    ("YaRN, su", "64k", "yarn-su.json", "#009E73", "-"),
+    ("searched for 65536", "64k", "search-64k/rope.json", "#0072B2", "-"),
+    ("searched for 65536, then bounded", "64k", "bounded-64k/rope.json", "#0072B2", "--"),
+    ("searched for 65536 within the bound", "slow-least-64k", "rope.json", "#56B4E9", "-"),
+    ("searched for 131072", "128k", "search-128k/rope.json", "#CC79A7", "-"),
+    ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
+    ("fine-tuned at 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
+    ("control", "control", "none", "#000000", ":"))
+
+
+def values(path, rope):
+    """{length: [perplexity or hit, ...]} of a journal's rows whose rope's name ends so."""
+    found = {}
+    for row in sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row.get("length", 0)):
+        if row.get("rope", "").endswith(rope):
+            found.setdefault(row["length"], []).append(row["ppl" if "ppl" in row else "hit"])
+    return found
+
+
+def draw(curves, results, left, right, ticks):
+    for label, name, rope, color, line in curves:
+        style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
+        ppl, hits = (values(results / f"{file}-{name}.jsonl", rope) for file in ("ppl", "passkey"))
+        if curves is PROGRESSIVE:  # many windows of 1024 tokens were measured apart; up to there no long set is used
+            ppl |= values(results / f"ppl-1024-{name}.jsonl", "none" if name == "as-trained" else "model")
+        left.plot(list(ppl), [p for p, *_ in ppl.values()], **style)
+        right.plot(list(hits), [sum(found) / len(found) for found in hits.values()], **style)
+    left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity")
+    right.set(xscale="log", ylim=(-0.05, 1.05), xlabel="prompt (tokens)", ylabel="pass keys found")
+    for ax in (left, right):
+        ax.set_xticks(list(ticks), list(ticks.values()), fontsize=8 if curves is PROGRESSIVE else None)
+        ax.minorticks_off()
+
+
+def main(assets):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
+    ticks = {1024: "1024", 8192: "8192", 32768: "32768", 65536: "", 524288: "524288"}
+    draw(PROGRESSIVE, ROOT / "results" / "two-million", left, right, ticks)
+    left.set_yscale("log")
+    left.minorticks_off()
+    left.set_yticks([25, 50, 100, 200], ["25", "50", "100", "200"])
+    left.legend(fontsize=8, loc="center", bbox_to_anchor=(0.42, 0.58))
+    fig.savefig(assets / "progressive.png", dpi=110)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    draw(SMOLLM2, ROOT / "results" / "smollm2", left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
+    left.set_ylim(19, 47)
+    fig.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
+    fig.savefig(assets / "smollm2_ppl.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main(Path(*sys.argv[1:]) if sys.argv[1:] else ROOT / "assets")

@@ -3,11 +3,9 @@
     $ python eval_passkey.py --rope none pi ntk yarn out/search-8192/rope.json --len 1024 2048 4096 8192
     $ torchrun --nproc-per-node 8 eval_passkey.py --model DIR --rope yarn --len 131072 --trials 10 --generate
 
-Two ways to score. Teacher-forced, the default, takes one forward pass: a hit if every token of the key is the argmax
-given all before it, which is when greedy decoding begins with the key's tokens. --generate is the paper's: greedy
-decoding, and the first number in the answer counts. In --out: passkey.jsonl with every trial, written as they are made
-(the same command goes on where it was stopped, also with more ropes, lengths and trials), and passkey.png, a heat map
-for each rope.
+Teacher-forced, the default, takes one forward pass: a hit if every token of the key is the argmax given all before it,
+as when greedy decoding begins with them. --generate is the paper's: greedy decoding, the first number in the answer
+counts. In --out: passkey.jsonl (the same command goes on, also with more) and passkey.png, a heat map for each rope.
 """
 import argparse
 import random
@@ -24,22 +22,19 @@ from longrope import (ROPES, Journal, UserError, add_arguments, begin, describe,
                       over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of, share_sequences,
                       spread, warm_up, world_size)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The prompt, and the answer.
-
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
-ANSWER_TOKENS = 10  # decoded with --generate, as in the paper's code; more if the key itself has more
+ANSWER_TOKENS = 10  # decoded with --generate, as in the paper's code, or as many as the key has
 
 
 def make_prompt(tokenizer, length, depth, key):
     """Token ids of a prompt with its answer, exactly `length` of them, and how many of the last are the key's.
 
-    depth 0 puts the key line at the start of the filler, 1 at its end. The prompt is built by token count: the filler
-    is cut in the middle of a sentence where it must be, and begins anew behind the key line.
+    depth 0 puts the key line at the start of the filler, 1 at its end. The filler is cut to the token, and begins anew
+    behind the key line.
     """
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -47,7 +42,7 @@ def make_prompt(tokenizer, length, depth, key):
     task, needle, question = first + encode(TASK), encode(NEEDLE.format(key=key)), encode(QUESTION)
     answer = encode(f"{QUESTION} {key}")
     if answer[:len(question)] != question:
-        raise UserError("this tokenizer joins the question's end with the key, so no prompt ends before the key")
+        raise UserError("this tokenizer joins the question's end with the key")
     newline, sentences = encode("\n"), encode(FILLER)
     room = length - len(task) - len(needle) - len(answer) - 2 * len(newline)
     if room < 0:
@@ -59,7 +54,7 @@ def make_prompt(tokenizer, length, depth, key):
 
 
 def make_trials(seed, lengths, depths, count):
-    """Every trial of one rope. Keys come from the seed and the trial's place, so all ropes are asked for the same."""
+    """The trials of each rope. Keys come from the seed and the trial's place, so that all ropes get the same."""
     return [{"length": length, "depth": round(depth, 4), "trial": i,
              "key": str(random.Random(f"{seed} {length} {depth:.4f} {i}").randint(10_000, 99_999))}
             for length in lengths for depth in np.linspace(0, 1, depths).tolist() for i in range(count)]
@@ -72,7 +67,7 @@ def ask(model, tokenizer, trial, by_generating):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
-    if by_generating:  # the key's tokens end at --len; those after it do not change the set of factors
+    if by_generating:  # tokens beyond --len do not change the set of factors
         eos = model.config.hf.get("eos_token_id")
         answer = generate(model, torch.tensor(tokens[:-count]), max(count, ANSWER_TOKENS), trial["length"],
                           stop=eos if isinstance(eos, list) else [eos])
@@ -93,41 +88,32 @@ def ask(model, tokenizer, trial, by_generating):
 
 def plot(trials, scoring, path):
     """A panel for each rope: length across, depth down, accuracy as colour and number."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    ropes = list(dict.fromkeys(t["rope"] for t in trials))
-    lengths, depths = sorted({t["length"] for t in trials}), sorted({t["depth"] for t in trials})
-    fig, panels = plt.subplots(1, len(ropes), figsize=(1.6 + len(ropes) * (0.9 + 0.55 * len(lengths)), 4.2),
-                               sharey=True, squeeze=False, layout="constrained")
-    for ax, rope in zip(panels[0], ropes):
-        hits, asked = np.zeros((2, len(depths), len(lengths)))
-        for t in (t for t in trials if t["rope"] == rope):
-            hits[cell := (depths.index(t["depth"]), lengths.index(t["length"]))] += t["hit"]
-            asked[cell] += 1
-        accuracy = np.divide(hits, asked, out=np.full_like(hits, np.nan), where=asked > 0)
+    from matplotlib.figure import Figure
+    ropes, lengths, depths = (list(dict.fromkeys(t[key] for t in trials)) for key in ("rope", "length", "depth"))
+    fig = Figure(figsize=(1.6 + len(ropes) * (0.9 + 0.55 * len(lengths)), 4.2), layout="constrained")
+    panels = fig.subplots(1, len(ropes), sharey=True, squeeze=False)[0]
+    for ax, rope in zip(panels, ropes):
+        hits = [[[t["hit"] for t in trials if (t["rope"], t["length"], t["depth"]) == (rope, length, depth)]
+                 for length in lengths] for depth in depths]
+        accuracy = np.mean(hits, axis=-1)
         image = ax.imshow(accuracy, vmin=0, vmax=1, cmap="cividis", aspect="auto")  # cividis: safe for the colour-blind
         for (y, x), a in np.ndenumerate(accuracy):
-            if np.isfinite(a):
-                ax.text(x, y, f"{a:.0%}", ha="center", va="center", size=7, color="black" if a > 0.5 else "white")
-        ax.set_title(f"{rope.removesuffix('/rope.json')}\n{np.nanmean(accuracy):.0%}", size=10)
+            ax.text(x, y, f"{a:.0%}", ha="center", va="center", size=7, color="black" if a > 0.5 else "white")
+        ax.set_title(f"{rope.removesuffix('/rope.json')}\n{accuracy.mean():.0%}", size=10)
         ax.set_xticks(range(len(lengths)), lengths, rotation=90, size=8)
         ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], size=8)
-    panels[0][0].set_ylabel("depth of the key")
+    panels[0].set_ylabel("depth of the key")
     fig.supxlabel("prompt length (tokens)", size=10)
     fig.colorbar(image, ax=panels, label=f"accuracy, {scoring}")
     fig.savefig(path, dpi=120)
-    plt.close(fig)
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(p, data=False)
     p.add_argument("--rope", nargs="+", help=ROPES)
-    p.add_argument("--len", type=natural, nargs="+",
-                   help="tokens of prompt and key (default: 8 times the model's window)")
-    p.add_argument("--depths", type=natural, default=10,
-                   help="places of the key, evenly from start to end (default: 10)")
+    p.add_argument("--len", type=natural, nargs="+", help="tokens of prompt and key (default: 8 times the window)")
+    p.add_argument("--depths", type=natural, default=10, help="places of the key, from start to end (default: 10)")
     p.add_argument("--trials", type=natural, default=1, help="keys for each length and depth (default: 1)")
     p.add_argument("--generate", action="store_true", help="the paper's scoring (default: teacher-forced)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/passkey-LEN, LEN the longest)")
@@ -143,46 +129,43 @@ def main(argv=None):
     share_sequences(model, args.context_parallel, lengths)
     ropes = resolve_ropes(args.rope, lengths, model)
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
-    make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])  # --len too short for its parts shows now
+    make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])  # too short a --len shows now
     if args.generate and model.context:
-        raise UserError("--generate keeps all keys in one process: leave out --context-parallel")
+        raise UserError("--generate goes without --context-parallel")
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
     journal = Journal(out / "passkey.jsonl", describe(model, tokenizer) | {
         "scoring": scoring, "depths": args.depths, "seed": args.seed}, recorded(args))
-    sha256 = {key: sha256_of(rope_to_dict(rope)) for key, rope in ropes.items()}
 
     def place(t):
         return t["rope_sha256"], t["length"], t["depth"], t["trial"]
-    known = {place(t): t for t in journal.rows}
-    todo = {key: [{"rope_sha256": sha256[key]} | t for t in trials if t["length"] == key[1]] for key in ropes}
+    known, rows = {place(t): t for t in journal.rows}, []
+    todo = {key: [{"rope_sha256": sha256_of(rope_to_dict(rope))} | t for t in trials if t["length"] == key[1]]
+            for key, rope in ropes.items()}
     warm_up(model, lengths[-1])
-    say(f"pass key, {scoring}, {args.depths} depths, {args.trials} keys each; s of pi, ntk and yarn is length / "
-        f"{model.window}, the model's window (yarn:16 fixes it)")
+    say(f"{scoring}; s of pi, ntk and yarn: length / {model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)
-    say(f"{'rope':{wide}} {'length':>8} {'s':>6} {'trials':>6} {'hits':>5} {'accuracy':>8} {'exact':>5} {'seconds':>9} "
-        f"{'tokens/s':>9} {'peak GiB':>8}")
+    say(f"{'rope':{wide}}   length      s trials  hits accuracy exact   seconds  tokens/s peak GiB")
     left = sum(t["length"] for mine in todo.values() for t in mine if place(t) not in known)
     bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
-    together, rows = world_size() // args.context_parallel, []
-    for (name, length), mine in todo.items():
-        model.rope = ropes[name, length]
-        new = [t for t in mine if place(t) not in known]
+    together = world_size() // args.context_parallel
+    for (name, length), model.rope in ropes.items():
+        new = [t for t in todo[name, length] if place(t) not in known]
         for at in range(0, len(new), together):
             for t in spread(lambda t: ask(model, tokenizer, t, args.generate), new[at:at + together],
                             args.context_parallel):
                 journal.write({"rope": name, "scale": model.rope.scale} | t)
                 known[place(t)] = t
                 bar.update(length)
-        mine = [known[place(t)] | {"rope": name} for t in mine]
+        mine = [known[place(t)] | {"rope": name} for t in todo[name, length]]
         rows += mine
-        hits, seconds = sum(t["hit"] for t in mine), sum(t["seconds"] for t in mine)
+        hits, exact, seconds = (sum(t[key] for t in mine) for key in ("hit", "exact", "seconds"))
         say(f"{name:{wide}} {length:8} {model.rope.scale:6.4g} {len(mine):6} {hits:5} {hits / len(mine):8.1%} "
-            f"{sum(t['exact'] for t in mine):5} {seconds:9.1f} {length * len(mine) / max(seconds, 1e-4):9.0f} "
+            f"{exact:5} {seconds:9.1f} {length * len(mine) / max(seconds, 1e-4):9.0f} "
             f"{max(t['peak_gib'] or 0 for t in mine) or '-':>8}")
     bar.close()
     if rank() == 0:
         plot(rows, scoring, out / "passkey.png")
-    say(f"wrote {out / 'passkey.jsonl'} and passkey.png")
+    say(f"wrote {out}")
 
 
 if __name__ == "__main__":

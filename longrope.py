@@ -7,9 +7,8 @@
     model = load_model("assets/model", rope="yarn", length=8192)
     logits = model(tokens)                                # (B, T) int64 -> (B, T, V)
 
-The lesson comes first: rope, attention, Llama, generation, the measure. A line says where it ends, and plumbing begins.
-
-Dimensions: B batch, T tokens, H query heads, K key/value heads, D head_dim, C model width, V vocabulary.
+The lesson comes first: rope, attention, Llama, generation, the measure. A line says where plumbing begins.
+Dimensions: B batch, T tokens, H query heads, K key/value heads, D head_dim, C model width, V vocabulary; N processes.
 Rotary pair i = 0 .. D/2-1 joins the coordinates i and i + D/2 of a head ("split-half", as Hugging Face weights are).
 """
 import argparse
@@ -21,26 +20,25 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import sys
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from itertools import repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch.distributed import _functional_collectives as functional
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
@@ -56,21 +54,16 @@ class Factors:
 
         n / (I(lambda_i, n_hat) * theta^(2i/D)),    I = 1 for n < n_hat, else lambda_i
 
-    and cos and sin are multiplied by `attention_factor`, which sharpens attention over a longer window.
-    """
+    and cos and sin are multiplied by `attention_factor`, which sharpens attention over a longer window."""
     rescale_factors: tuple         # lambda_i, (D/2,); 1 leaves a pair alone, s is interpolation by s
-    n_hat: int = 0                 # the first n_hat tokens keep lambda = 1
+    n_hat: int = 0                 # the first n_hat tokens stay as they were trained, lambda = 1 as a rule
     attention_factor: float = 1.0
 
-    def on(self, base):
-        """These factors on top of `base`: the lambdas multiply, all else is as here."""
-        product = np.multiply(base.rescale_factors, self.rescale_factors)
-        return replace(self, rescale_factors=tuple(product.tolist()))
+    def on(self, base):  # on top of `base` the lambdas multiply, all else is as here
+        return replace(self, rescale_factors=tuple(np.multiply(base.rescale_factors, self.rescale_factors).tolist()))
 
 
 # The formulas that came before share their arguments: D/2, theta, the window L0, and s = L'/L0, L' the target.
-
-
 def plain(pairs, rope_theta=None, window=None, scale=None):
     """RoPE as it is (arXiv 2104.09864)."""
     return Factors((1.0,) * pairs)
@@ -89,12 +82,11 @@ def ntk(pairs, rope_theta, window, scale):
 
 def yarn(pairs, rope_theta, window, scale, beta_fast=32, beta_slow=1):
     """YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times within the window stay as they are, those
-    that turn less than beta_slow times are interpolated, between lies a linear ramp. Attention factor 0.1 ln s + 1.
-    """
+    that turn less than beta_slow times are interpolated, between lies a linear ramp."""
     def pair_turning(times):  # the (fractional) pair that makes `times` full turns within the window
         return 2 * pairs * math.log(window / (times * 2 * math.pi)) / (2 * math.log(rope_theta))
     low = max(math.floor(pair_turning(beta_fast)), 0)
-    high = min(math.ceil(pair_turning(beta_slow)), 2 * pairs - 1)
+    high = min(math.ceil(pair_turning(beta_slow)), 2 * pairs - 1)  # D - 1, as in YaRN's own code
     ramp = np.clip((np.arange(pairs) - low) / max(high - low, 0.001), 0, 1)  # 0 keep ... 1 interpolate
     return Factors(tuple((1 / ((1 - ramp) + ramp / scale)).tolist()), attention_factor=yarn_factor(scale))
 
@@ -120,9 +112,8 @@ def inv_freq_of(rescale_factors, rope_theta):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding with two sets of factors: the long one is for windows of up to s L0 tokens, the short
-    one for sequences of at most `short_max_length` tokens in total, since the long one costs those a little (paper,
-    section 3.3)."""
+    """Rotary position embedding with two sets of factors: the long one for windows of up to s L0 tokens, the short one
+    for sequences of at most `short_max_length` in total, which the long one costs a little (paper, section 3.3)."""
     rope_theta: float                        # theta, the base
     original_max_position_embeddings: int    # L0, the window the model was trained on
     trained: Factors                         # what it was trained with; every extension multiplies onto it
@@ -133,26 +124,21 @@ class Rope:
 
     @property
     def target_length(self):
-        """L' = s L0, in tokens."""
-        return round(self.scale * self.original_max_position_embeddings)
+        return round(self.scale * self.original_max_position_embeddings)  # L', in tokens
 
     def at(self, length):
-        """The set for a sequence of `length` tokens in total. It may not change while keys are in a cache, for those
-        have been turned by it: so it is chosen by how long the sequence will become."""
+        """The set for a sequence of `length` tokens in the end, for it may not change while keys are cached."""
         return self.short if self.short and length <= self.short_max_length else self.long
 
     def table(self, length, device="cpu", total_length=None):
-        """cos and sin, (T, D/2) float32 each, for positions 0 .. length-1 of a sequence that will have `total_length`
-        tokens, by default `length`.
-
-        The angles are float64: in float32 the cosine is off by 0.0076 at 131072 positions and by 0.12 at 2M.
-        """
+        """cos and sin, (T, D/2) float32 each, for positions 0 .. length-1 of a sequence of `total_length` in the end,
+        by default `length`. Of float32 angles the cosine is off by 0.0076 at 131072 positions and by 0.12 at 2M."""
         factors = self.at(total_length or length)
-        rescaled, unscaled = (torch.from_numpy(inv_freq_of(lambdas, self.rope_theta)).to(device) for lambdas in
-                              (factors.rescale_factors, np.ones(len(factors.rescale_factors))))  # (D/2,) each
+        rescaled = torch.from_numpy(inv_freq_of(factors.rescale_factors, self.rope_theta)).to(device)  # (D/2,)
+        trained = torch.from_numpy(inv_freq_of(self.trained.rescale_factors, self.rope_theta)).to(device)
         n = torch.arange(length, dtype=torch.float64, device=device)[:, None]  # positions, (T, 1)
         angles = n * rescaled  # (T, D/2)
-        angles[:factors.n_hat] = n[:factors.n_hat] * unscaled
+        angles[:factors.n_hat] = n[:factors.n_hat] * trained
         return (angles.cos() * factors.attention_factor).float(), (angles.sin() * factors.attention_factor).float()
 
 
@@ -168,10 +154,8 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v):
-    """Causal softmax(q k^T / sqrt(D)) v. q (B, T, H, D); k, v (B, T, K, D), H a multiple of K -> (B, T, H, D).
-
-    Fewer queries than keys are the last ones: a single query with a cache, or a chunk of a sequence with all before it.
-    """
+    """Causal softmax(q k^T / sqrt(D)) v. q (B, T, H, D); k, v (B, T, K, D), H a multiple of K -> (B, T, H, D). Fewer
+    queries than keys are the last ones: a single one with a cache, or a chunk of a sequence with all before it."""
     queries, keys = q.shape[1], k.shape[1]
     assert queries <= keys, f"{queries} queries for {keys} keys"
     if queries > 1 and can_use_flash_attn_4(q):
@@ -181,7 +165,7 @@ def attention(q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     mask = None
     if 1 < queries < keys:  # is_causal would take them for the first ones
-        with _disable_current_modes():  # selective checkpointing is one, and this no tensor to it
+        with _disable_current_modes():  # of which selective checkpointing is one: it cannot hold this kind of tensor
             mask = causal_lower_right(queries, keys)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < queries == keys,
                                          enable_gqa=q.shape[1] != k.shape[1])
@@ -195,8 +179,7 @@ class Cache:
         self.filled, shape = 0, (1, length, config.num_key_value_heads, config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # (1, T, K, D)
 
-    def attend(self, q, k, v):
-        """The next tokens' queries over the keys of all so far."""
+    def attend(self, q, k, v):  # the next tokens' queries over the keys of all so far
         start, self.filled = self.filled, self.filled + k.shape[1]
         self.k[:, start:self.filled], self.v[:, start:self.filled] = k, v
         return attention(q, self.k[:, :self.filled], self.v[:, :self.filled])
@@ -215,8 +198,12 @@ class Context:
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
 
     def attend(self, q, k, v):
-        gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd  # torch 2.11
-        kv = gather(torch.stack((k, v)), 0, self.group)  # (2N, B, 2n, K, D), n tokens in a chunk
+        kv = torch.stack((k, v))  # (2, B, 2n, K, D), n tokens in a chunk
+        if torch.is_grad_enabled():
+            kv = gather_with_gradient(kv, 0, self.group)  # (2N, B, 2n, K, D): keys, values of process 0, 1, ...
+        else:
+            kv, mine = kv.new_empty(2 * self.size, *kv.shape[1:]), kv
+            dist.all_gather_into_tensor(kv, mine, self.group)
         if kv.requires_grad:  # the gradient arrives permuted; the collective would send its memory as it lies
             kv.register_hook(torch.Tensor.contiguous)
         front, back = kv.unflatten(0, (self.size, 2)).chunk(2, dim=3)  # chunks 0 .. N-1 and 2N-1 .. N
@@ -242,21 +229,9 @@ class LlamaConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope: Rope                    # what config.json says of it
-    biased: tuple = ()            # the projections with a bias
-    fused: dict | None = None     # projection: the name of the matrix that holds it, and others, in the checkpoint
-    hf: dict | None = None        # config.json as it was read, so that saving keeps what we do not use
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; PyTorch's own does the sum in float32."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    biased: tuple                 # the projections with a bias
+    fused: dict                   # projection: the name of the matrix that holds it, and others, in the checkpoint
+    hf: dict                      # config.json as it was read, so that saving keeps what we do not use
 
 
 class Attention(nn.Module):
@@ -290,26 +265,26 @@ class MLP(nn.Module):
         return F.silu(self.gate_proj(x)) * self.up_proj(x)  # SwiGLU
 
 
-IN_MLP = 2**29   # numbers in an MLP at a time: 1 GiB in bfloat16, and well below 2^31, where kernels become slow
+IN_MLP = 2**29   # numbers in an MLP at a time: 1 GiB in bfloat16. From 2^31 numbers on kernels become slow
 AT_ONCE = 2**31  # attention kernels cannot count so many numbers in their queries or keys
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # x / sqrt(mean(x^2) + eps) * weight
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.chunk = max(1, IN_MLP // config.intermediate_size // 4096) * 4096  # tokens
 
     def before(self, x, cos, sin, heads=None):
-        """What lies before attention, token by token."""
+        """What lies before attention, token by token. On GPUs this and `after` are compiled (below, Kernels)."""
         return self.self_attn.qkv(self.input_layernorm(x), cos, sin, heads)
 
     def after(self, x, out):
-        """What lies behind it: x with attention's part, and the MLP up to its last product. No backward pass needs that
-        one's result, so it is left to `forward`, where activation checkpointing can stop before it."""
+        """What lies behind it: x with attention's part, and the MLP up to its last matrix product. The result of that
+        product no backward pass needs: it is left to `forward`, and activation checkpointing stops before it."""
         x = x + self.self_attn.o_proj(out.flatten(2))
         return x, self.mlp.hidden(self.post_attention_layernorm(x))
 
@@ -346,12 +321,11 @@ class Llama(nn.Module):
 
     def __init__(self, config, rope=None):
         super().__init__()
-        self.config, self.rope, self.context = config, rope or config.rope, None
-        self.path = None  # the directory it was loaded from
+        self.config, self.rope, self.context, self.path = config, rope or config.rope, None, None
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config),
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -363,13 +337,11 @@ class Llama(nn.Module):
 
     @property
     def window(self):
-        """L0, in tokens, whatever the rope now is."""
-        return self.config.rope.original_max_position_embeddings
+        return self.config.rope.original_max_position_embeddings  # L0, in tokens, whatever the rope now is
 
     def hidden(self, tokens, table=None, attends=None):
         """(B, T) int64 -> (B, T, C), the states whose product with `unembedding` are the logits; with a context those
-        of this process's tokens, (B, T/N, C). `generate` brings the rows of a longer table and caches.
-        """
+        of this process's tokens, (B, T/N, C). `generate` brings the rows of a longer table and caches."""
         cos, sin = table or self.rope.table(tokens.shape[1], tokens.device)  # once, passed down to every layer
         if context := self.context:
             tokens, cos, sin = context.mine(tokens, 1), context.mine(cos, 0), context.mine(sin, 0)
@@ -385,30 +357,15 @@ class Llama(nn.Module):
         return F.linear(self.hidden(tokens), self.unembedding)
 
 
-def head_groups(config, tokens, processes=1):
-    """Slices of the key heads, as a rule one None for all, so that neither the queries that share them nor their keys,
-    gathered from all `processes` of a context, are `AT_ONCE` numbers. Raises UserError where those of one head are."""
-    heads = config.num_key_value_heads
-    numbers = tokens * config.head_dim * max(config.num_attention_heads // heads, processes)  # of one key head
-    if numbers >= AT_ONCE:
-        raise UserError(f"{tokens} tokens are too many for this model: the keys of one head, or the queries that share "
-                        f"them, are {numbers} numbers, and attention kernels cannot count {AT_ONCE}")
-    step = (AT_ONCE - 1) // numbers
-    return [None] if step >= heads else [slice(first, first + step) for first in range(0, heads, step)]
-
-
 @torch.inference_mode()
-def generate(model, tokens, count, length=None, stop=()):
-    """Greedy decoding: the list of at most `count` tokens after tokens (T,), ending before a token of `stop`.
-
-    The set of factors is that for `length` tokens, by default all there will be, and the table is made once for all:
-    keys in a cache cannot be turned anew when the sequence grows over the original window.
-    """
+def generate(model, tokens, count, total_length=None, stop=()):
+    """Greedy decoding: at most `count` tokens after tokens (T,), ending before a token of `stop`. The set of factors is
+    that for `total_length` tokens, by default all there will be: keys in a cache cannot be turned anew."""
     total, new = len(tokens) + count, []
     if model.context or len(head_groups(model.config, len(tokens))) > 1:
         raise UserError("generating keeps all keys and heads in one process: give fewer tokens, no --context-parallel")
     tokens = tokens.to(model.unembedding.device)
-    cos, sin = model.rope.table(total, tokens.device, length)
+    cos, sin = model.rope.table(total, tokens.device, total_length)
     caches = [Cache(total, model.config, model.unembedding) for _ in model.model.layers]
     while len(new) < count:
         now = slice(caches[0].filled, caches[0].filled + len(tokens))  # the whole prompt, then one token at a time
@@ -425,10 +382,8 @@ def generate(model, tokens, count, length=None, stop=()):
 
 
 def token_nll(hidden, unembedding, targets, chunk=4096):
-    """-log p of each target. hidden (N, C), targets (N,) -> (N,) float32.
-
-    Logits exist for `chunk` tokens at a time; when gradients are wanted they are computed again in the backward pass.
-    """
+    """-log p of each target. hidden (N, C), targets (N,) -> (N,) float32. Logits exist for `chunk` tokens at a time,
+    and are computed again in the backward pass."""
     def of_chunk(h, t):
         return F.cross_entropy(F.linear(h, unembedding).float(), t, reduction="none")
     parts = zip(hidden.split(chunk), targets.split(chunk))
@@ -457,16 +412,14 @@ def over_window(model, tokens, first=1, measure=token_nll):
 def window_nll(model, tokens, first=1):
     """-log p of tokens first .. T-1 of one window. Raises UserError where it is not finite."""
     nll = over_window(model, tokens, first)
-    if not nll.isfinite().all():
-        raise UserError(f"the loss of {(~nll.isfinite()).sum()} of {len(nll)} tokens is not finite: weights or factors "
-                        "are broken")
+    if broken := int((~nll.isfinite()).sum()):
+        raise UserError(f"the loss of {broken} of {len(nll)} tokens is not finite: weights or factors are broken")
     return nll
 
 
 def perplexity(nlls, tokens):
     """exp(total NLL / total tokens); None of no tokens."""
-    mean = math.fsum(nlls) / tokens if tokens else None
-    return mean if mean is None else math.exp(min(mean, 700))
+    return math.exp(min(math.fsum(nlls) / tokens, 700)) if tokens else None
 
 
 # =====================================================================================================================
@@ -476,11 +429,11 @@ BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "model"
 
 
 class UserError(Exception):
-    """Something the user can put right. `run` prints it as one line and exits with code 2."""
+    """Something the user can put right, which `run` prints in one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. flash-attn-4 is taken where it is installed (Hopper and newer), else PyTorch chooses between its own.
+# Kernels: flash-attn-4 where it is installed (Hopper and newer), else PyTorch's own.
 
 compiling = True  # --no-compile
 has_flash_attn_4 = any(package.name == "flash-attn-4" for package in importlib.metadata.distributions())
@@ -492,15 +445,15 @@ def can_use_flash_attn_4(q):
 
 
 def attention_kernel(model):
-    """The name of the kernel of a whole window, for the record: kernels differ in their last bits."""
+    """For the record, as kernels differ in their last bits."""
     w = model.unembedding.new_empty(1, model.config.head_dim)
     generation = f" sm_{''.join(map(str, torch.cuda.get_device_capability(w.device)))}" if w.is_cuda else ""
     return ("flash-attn-4" if can_use_flash_attn_4(w) else "pytorch") + generation
 
 
 def compiled_on_gpus(method, *token_dims):
-    """torch.compile for a method of Block, one graph for every layer, rope and length. token_dims: which dimension of
-    each tensor is the tokens'. Decoding, a token at a time, and some heads at a time stay as they are."""
+    """torch.compile for a method of Block, one graph for every layer, rope and length. token_dims: each tensor's
+    dimension of the tokens. Decoding, a token at a time, and some heads at a time stay as they are."""
     compiled = torch.compile(method)
 
     @functools.wraps(method)
@@ -519,10 +472,22 @@ def is_compiled(x):
 
 Block.before, Block.after = compiled_on_gpus(Block.before, 1, 0, 0), compiled_on_gpus(Block.after, 1, 1)
 warnings.filterwarnings("ignore", "Argument aux_data")  # of flash-attn-4's compiler, at the first call
+gather_with_gradient = (getattr(functional, "all_gather_single_autograd", None)
+                        or functional.all_gather_tensor_autograd)  # its name in PyTorch 2.11
 
 
-# A custom operator, so that selective checkpointing sees it as one. It returns the log-sum-exp too: that and the output
-# are all its backward pass needs.
+def head_groups(config, tokens, processes=1):
+    """Slices of the key heads, as a rule one None for all, so that neither the queries that share them nor their keys,
+    gathered from all `processes` of a context, are `AT_ONCE` numbers. Raises UserError."""
+    heads = config.num_key_value_heads
+    numbers = tokens * config.head_dim * max(config.num_attention_heads // heads, processes)  # of one key head
+    if numbers >= AT_ONCE:
+        raise UserError(f"{tokens} tokens are too many for a head: {numbers} numbers, kernels cannot count {AT_ONCE}")
+    step = (AT_ONCE - 1) // numbers
+    return [None] if step >= heads else [slice(first, first + step) for first in range(0, heads, step)]
+
+
+# A custom operator, so that selective checkpointing sees it as one, with all that its backward pass needs.
 @torch.library.custom_op("longrope::flash_attn_4", mutates_args=())
 def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """flash-attn-4's causal attention of the last queries: the output (B, T, H, D) and the log-sum-exp (B, H, T)."""
@@ -550,7 +515,7 @@ flash_attn_4.register_autograd(
 
 @contextmanager
 def reading(path):
-    """Around the reading and parsing of what a user gave, and nothing else: a mistake becomes a UserError naming it."""
+    """Around the parsing of what a user gave, and nothing else: any mistake becomes a UserError naming it."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -567,10 +532,9 @@ def read_json(path):
 
 @contextmanager
 def whole_file(path):
-    """A file appears whole or not at all: give out a name beside it, rename when it is written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    """A file appears whole or not at all: it has another name until it is written."""
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
         os.replace(part, path)
@@ -584,64 +548,58 @@ def write_json(path, value):
 
 
 class Journal:
-    """What a run has found so far, in a .jsonl file, from which the same command goes on where it was stopped.
-
-    The first line, {"setup": ...}, holds what must agree; {"run": ...} records the rest, paths and machine, of each
-    run; every other line is a result, in `rows`, flushed when it is written. A torn or garbled line is dropped, it
-    alone. Only the first process has the file, and locks it. Raises UserError if another run has, or has another setup.
-    """
+    """What a run has found so far, in a .jsonl file, from which the same command goes on where it was stopped. Its
+    first line, {"setup": ...}, holds what must agree; {"run": ...} records the rest of each run; others are results, in
+    `rows`. A torn or garbled line is dropped, it alone. Only the first process has the file, and locks it."""
 
     def __init__(self, path, setup, run):
         self.path, self.run, self.starts, rows = Path(path), run, [], []
         if rank() == 0:
             with reading(path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.path, "a+b")
+                self.file = open(self.path, "ab")
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{path}: another run is writing there; give another --out") from None
             except OSError:
-                warn(f"{path}: no locks on this file system; see that no other run writes there")
+                warn(f"{path}: no locks on this file system; see that no other run writes it")
             rows = self.read(json.loads(json.dumps(setup)))
         self.rows = spread(lambda _: rows, [None])[0]
 
     def read(self, setup):
         """The rows in the file. `starts`: the bytes before each."""
-        lines, at, before, rows = [*open(self.path, "rb")], 0, None, []
-        for line in lines:
+        lines, before, rows = self.path.read_bytes().splitlines(keepends=True), None, []
+        for at, line in zip(accumulate(map(len, lines), initial=0), lines):
             with suppress(ValueError, TypeError, RecursionError):
                 entry = {**json.loads(line)}
                 before = before or entry.get("setup")
                 if not {"setup", "run"} & entry.keys():
                     rows.append(entry)
                     self.starts.append(at)
-            at += len(line)
-        if not before and not b'{"setup": '.startswith(b"".join(lines)[:10]):  # empty, or torn in its first line
+        if before:
+            if differs := [key for key in {**setup, **before} if before.get(key) != setup.get(key)]:
+                raise UserError(f"{self.path} is of a run with another {', '.join(differs)}; give another --out")
+            self.file.write(b"" if lines[-1].endswith(b"\n") else b"\n")
+        elif rows or not b'{"setup": '.startswith(b"".join(lines)[:10]):  # not empty, nor torn in its first line
             raise UserError(f"{self.path}: not a journal of this program; give another --out")
-        if not before:
+        else:
             self.file.truncate(0)
             self.put({"setup": setup})
-        elif differs := [key for key in {**setup, **before} if before.get(key) != setup.get(key)]:
-            raise UserError(f"{self.path} is of a run with another {', '.join(differs)}; give another --out")
-        elif not lines[-1].endswith(b"\n"):
-            self.file.write(b"\n")
         return rows
 
     def put(self, entry):
         self.file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         self.file.flush()
 
-    def write(self, row):
-        """Another result; all processes call with the same."""
+    def write(self, row):  # all processes call with the same
         self.rows.append(row)
         if rank() == 0:
             if self.run:
                 self.run = self.put({"run": self.run})
             self.put(row)
 
-    def cut(self, count):
-        """Keep the first `count` of the rows that were read."""
+    def cut(self, count):  # to the first `count` of the rows that were read
         if rank() == 0 and count < len(self.rows):
             self.file.truncate(self.starts[count])
         del self.rows[count:]
@@ -650,58 +608,51 @@ class Journal:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ropes in files and on command lines
 
-# Hugging Face's `rope_parameters` of longrope, which come first in rope.json
-HF_KEYS = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "long_factor", "short_factor",
-           "attention_factor")
-ROPES = ("none, pi, ntk, yarn (yarn:16 fixes s, which is else the length over the model's window), model (its "
-         "directory's rope.json, or else its config.json), config (config.json alone) or a rope.json (default: none pi "
-         "ntk yarn, and model if it has a rope.json)")
+ROPES = ("none, pi, ntk, yarn (yarn:16 fixes s, else length over window), model (its rope.json, or else config.json), "
+         "config (config.json alone) or a rope.json (default: the first four, and model if it has a rope.json)")
 
 
 def rope_to_dict(rope):
-    """HF_KEYS, then what Hugging Face's format has no place for."""
-    short = rope.short or rope.long
+    """Hugging Face's seven keys, then what it has no place for."""
+    short, window = rope.short or rope.long, rope.original_max_position_embeddings
     return {
         "rope_type": "longrope", "rope_theta": rope.rope_theta, "factor": rope.scale,
-        "original_max_position_embeddings": rope.original_max_position_embeddings,
-        "long_factor": list(rope.long.rescale_factors), "short_factor": list(short.rescale_factors),
-        "attention_factor": rope.long.attention_factor,
+        "original_max_position_embeddings": window, "long_factor": list(rope.long.rescale_factors),
+        "short_factor": list(short.rescale_factors), "attention_factor": rope.long.attention_factor,
         "long_n_hat": rope.long.n_hat, "short_n_hat": short.n_hat, "short_attention_factor": short.attention_factor,
-        "short_max_length": rope.short_max_length or rope.original_max_position_embeddings,
-        "trained_factor": list(rope.trained.rescale_factors),
+        "short_max_length": rope.short_max_length or window, "trained_factor": list(rope.trained.rescale_factors),
     }
 
 
 def rope_from_dict(d, trained=None):
-    """The inverse of `rope_to_dict`. A plain Hugging Face dict has one attention factor for both sets, no n_hat, and
-    does not say what the model was `trained` with: None is plain RoPE. Raises what `reading` tells in words."""
-    d = {k: v for k, v in d.items() if v is not None}
-    if d.get("rope_type", "longrope") != "longrope":
+    """The inverse of `rope_to_dict`. trained: what the model was trained with, of a plain Hugging Face dict, which does
+    not say; None is plain RoPE. Raises what `reading` tells in words."""
+    d = {"rope_type": "longrope", "factor": 1} | stated(d)
+    if d["rope_type"] != "longrope":
         raise ValueError("not of rope_type longrope")
-    window, theta, scale = int(d["original_max_position_embeddings"]), float(d["rope_theta"]), float(d.get("factor", 1))
-    factor = float(d["attention_factor"]) if "attention_factor" in d else su_factor(scale, window)
-    pairs = len(d["long_factor"])
+    window, theta, scale = int(d["original_max_position_embeddings"]), float(d["rope_theta"]), float(d["factor"])
+    pairs = len(trained.rescale_factors if trained else d["long_factor"])
 
     def factors(name, attention_factor):
         found = Factors(tuple(map(float, d[f"{name}_factor"])), int(d.get(f"{name}_n_hat", 0)), float(attention_factor))
-        if len(found.rescale_factors) != pairs:
-            raise ValueError(f"long_factor has {pairs} factors, {name}_factor {len(found.rescale_factors)}")
-        numbers = *found.rescale_factors, found.attention_factor, theta, scale, window
-        if not all(math.isfinite(x) and x > 0 for x in numbers) or found.n_hat < 0:
-            raise ValueError(f"{name}_factor: factors must be finite and above 0, n_hat 0 or more")
+        count, numbers = len(found.rescale_factors), (found.attention_factor, theta, scale, window)
+        if count != pairs or not all(0 < x < math.inf for x in found.rescale_factors + numbers) or found.n_hat < 0:
+            raise ValueError(f"{name}_factor has {count} factors, needs {pairs}, finite and above 0; n_hat 0 or more")
         return found
-    trained = factors("trained", 1.0) if "trained_factor" in d else trained or plain(pairs)
+    factor = d["attention_factor"] if "attention_factor" in d else su_factor(scale, window)
     long, short = factors("long", factor), factors("short", d.get("short_attention_factor", factor))
-    if short == long:
-        return Rope(theta, window, trained, long, scale)
-    return Rope(theta, window, trained, long, scale, short, int(d.get("short_max_length", window)))
+    trained = factors("trained", 1.0) if "trained_factor" in d else trained or plain(pairs)
+    short = {} if short == long else {"short": short, "short_max_length": int(d.get("short_max_length", window))}
+    return Rope(theta, window, trained, long, scale, **short)
+
+
+def stated(d):
+    return {k: v for k, v in d.items() if v is not None}  # null is as good as nothing
 
 
 def load_rope(path, trained=None):
-    """The Rope in a rope.json. trained: for one that does not say it (see `rope_from_dict`). Raises UserError."""
-    d = read_json(path)
     with reading(path):
-        return rope_from_dict(d, trained)
+        return rope_from_dict(read_json(path), trained)
 
 
 def sha256_of(value):
@@ -709,46 +660,40 @@ def sha256_of(value):
 
 
 def resolve_rope(rope, model, length=None):
-    """A Rope from what `load_model` and the command lines accept (see there), checked against the model."""
-    config = model.config.rope
-    if rope is None:
-        rope = model.path / "rope.json" if (model.path / "rope.json").exists() else "config"
+    """A Rope from what `load_model` accepts (see there), checked against the model."""
+    config, own = model.config.rope, model.path / "rope.json"
+    rope = rope or (own if own.exists() else "config")
     if rope == "config":
         return config
     name, _, fixed = str(rope).partition(":")
-    if name in FORMULAS:
+    if name not in FORMULAS:
+        return fitting(rope, config)
+    with reading(f"rope {rope}"):
         if name != "none" and not (length or fixed):
-            raise UserError(f"rope {rope}: for how many tokens? Give length, or s as in {rope}:8")
-        try:
-            scale = float(fixed) if fixed else max(1.0, (length or model.window) / model.window)
-        except ValueError:
-            scale = 0.0
+            raise ValueError(f"for how many tokens? Give length, or s as in {rope}:8")
+        scale = float(fixed or max(1, (length or model.window) / model.window))
         if not 1 <= scale < math.inf:
-            raise UserError(f"rope {rope}: the number behind the colon is s, the extension, a number from 1 up")
-        pairs = len(config.trained.rescale_factors)
-        long = FORMULAS[name](pairs, config.rope_theta, model.window, scale).on(config.trained)
-        return replace(config, long=long, scale=scale, short=None, short_max_length=0)
-    if isinstance(rope, Rope):
-        return fitting(rope, config, "rope")
-    if not Path(rope).is_file():
-        hint = "; a model's directory is for --model" if Path(rope).is_dir() else ""
-        raise UserError(f"rope {rope}: not none, pi, ntk, yarn (yarn:16 fixes s) or config, nor a rope.json file{hint}")
-    return fitting(load_rope(rope, config.trained), config, rope)
+            raise ValueError("the number behind the colon is s, the extension, from 1 up")
+    long = FORMULAS[name](len(config.long.rescale_factors), config.rope_theta, model.window, scale)
+    return replace(config, long=long.on(config.trained), scale=scale, short=None, short_max_length=0)
 
 
-def fitting(rope, config, source):
-    """`rope`, if it is for a model whose config.json describes the Rope `config`. Raises UserError."""
-    for what, ours, theirs in (
-            ("rope_theta", rope.rope_theta, config.rope_theta),
-            ("original window", rope.original_max_position_embeddings, config.original_max_position_embeddings),
-            ("number of factors", len(rope.long.rescale_factors), len(config.long.rescale_factors))):
-        if not math.isclose(ours, theirs):
-            raise UserError(f"{source}: its {what} is {ours:g}, this model's is {theirs:g}")
-    return rope
+def fitting(rope, config):
+    """The Rope, or that in a file, if it is for a model whose config.json describes the Rope `config`."""
+    if not isinstance(rope, Rope) and not Path(rope).is_file():
+        raise UserError(f"rope {rope}: not none, pi, ntk, yarn (yarn:16 fixes s), config, nor a rope.json file; a "
+                        "model's directory is for --model")
+    found = rope if isinstance(rope, Rope) else load_rope(rope, config.trained)
+    with reading("rope" if found is rope else rope):
+        rope_from_dict(rope_to_dict(found), config.trained)  # which counts the factors
+        for key in ("rope_theta", "original_max_position_embeddings"):
+            if not math.isclose(ours := getattr(found, key), theirs := getattr(config, key)):
+                raise ValueError(f"its {key} is {ours:g}, this model's is {theirs:g}")
+    return found
 
 
 def resolve_ropes(names, lengths, model):
-    """{(name, length): Rope}, all at once: a mistake in any shows before the first is measured."""
+    """{(name, length): Rope}: a mistake in any shows before the first is measured."""
     own = ["model"] if (model.path / "rope.json").exists() else []
     return {(name, length): resolve_rope(None if name == "model" else name, model, length)
             for length in lengths for name in dict.fromkeys(names or [*FORMULAS, *own])}
@@ -758,55 +703,43 @@ def resolve_ropes(names, lengths, model):
 # Checkpoints: Hugging Face directories (config.json, *.safetensors, tokenizer.json), with rope.json beside.
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-# model_type: the class it has in config.json, which projections have a bias, which are one matrix in the checkpoint
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", (), {}),
-    "mistral": ("MistralForCausalLM", (), {}),
-    "qwen2": ("Qwen2ForCausalLM", QKV, {}),
-    "phi3": ("Phi3ForCausalLM", (), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj")),
+FAMILIES = {  # which projections have a bias, which are one matrix in the checkpoint
+    "LlamaForCausalLM": ((), {}),
+    "MistralForCausalLM": ((), {}),
+    "Qwen2ForCausalLM": (QKV, {}),
+    "Phi3ForCausalLM": ((), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj")),
 }
-BESIDE = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-          "generation_config.json")
+BESIDE = ("tokenizer*", "*_tokens*.json", "*.jinja", "vocab.json", "merges.txt", "generation_config.json")
 
 
 def read_config(d):
-    """LlamaConfig of Hugging Face's config.json, of transformers 5 or 4. Raises what `reading` tells in words."""
-    name = (d.get("architectures") or [d.get("model_type", "unknown")])[0]
-    architecture, biased, fused = FAMILIES.get(family := d.get("model_type"), (None, (), {}))
-    if not architecture or name not in (architecture, family):
-        raise ValueError(f"{name} is not supported; supported: {', '.join(f[0] for f in FAMILIES.values())}")
-    if d.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {d['hidden_act']} is not supported, only SwiGLU's silu")
-    biased += (*QKV, "o_proj") * bool(d.get("attention_bias"))
-    biased += (*GATE_UP, "down_proj") * bool(d.get("mlp_bias"))
-    heads = d["num_attention_heads"]
-    head_dim = d.get("head_dim") or d["hidden_size"] // heads
-    sliding = d.get("sliding_window", 4096 if family == "mistral" else None)  # transformers' defaults
-    if sliding and d.get("use_sliding_window", family != "qwen2"):
+    """LlamaConfig of a config.json of transformers 5 or 4. Raises what `reading` tells in words."""
+    if (family := d["architectures"][0]) not in FAMILIES:
+        raise ValueError(f"{family} is not supported; supported: {', '.join(FAMILIES)}")
+    heads, (biased, fused) = d["num_attention_heads"], FAMILIES[family]
+    said = {"num_key_value_heads": heads, "head_dim": d["hidden_size"] // heads, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False, "hidden_act": "silu"} | stated(d)
+    if said["hidden_act"] != "silu":
+        raise ValueError(f"hidden_act {said['hidden_act']} is not supported, only SwiGLU's silu")
+    biased += (*QKV, "o_proj") * bool(d.get("attention_bias")) + (*GATE_UP, "down_proj") * bool(d.get("mlp_bias"))
+    sliding = d.get("sliding_window", 4096 if family == "MistralForCausalLM" else None)  # transformers' defaults
+    if sliding and d.get("use_sliding_window", family != "Qwen2ForCausalLM"):
         warn(f"its own attention slides over the last {sliding} tokens; here every token attends to all before it")
-    return LlamaConfig(
-        **{k: d[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
-        num_attention_heads=heads, num_key_value_heads=d.get("num_key_value_heads") or heads, head_dim=head_dim,
-        rms_norm_eps=d.get("rms_norm_eps", 1e-6), tie_word_embeddings=d.get("tie_word_embeddings", False),
-        rope=rope_of_config(d, head_dim // 2), biased=biased, fused=fused, hf=d)
+    numbers = (said[field.name] for field in fields(LlamaConfig)[:9])  # up to `rope`
+    return LlamaConfig(*numbers, rope_of_config(d, said["head_dim"] // 2), biased, fused, hf=d)
 
 
 def rope_of_config(d, pairs):
     """The Rope that a config.json describes: what transformers does, where a Rope can say it exactly."""
-    window = d["max_position_embeddings"]
-    given = {k: v for k, v in (d.get("rope_scaling") or d.get("rope_parameters") or {}).items() if v is not None}
-    given = {"rope_theta": d.get("rope_theta") or 10000.0, "original_max_position_embeddings": window} | given
-    given |= {k: d[k] for k in ("original_max_position_embeddings",) if d.get(k)}
-    kind = "longrope" if "long_factor" in given else given.get("rope_type", given.get("type", "default"))
-    if (given.get("partial_rotary_factor") or d.get("partial_rotary_factor") or 1) != 1:
-        kind = "partial rotary"
+    window, top = d["max_position_embeddings"], stated(d)
+    given = {"rope_theta": 10000.0, "original_max_position_embeddings": window, "partial_rotary_factor": 1} | top
+    given |= stated(d.get("rope_scaling") or d.get("rope_parameters") or {})
+    given |= {k: v for k, v in top.items() if k == "original_max_position_embeddings"}  # Phi3 has it there
     theta, before = float(given["rope_theta"]), given["original_max_position_embeddings"]
-    match kind:  # older Phi-3 calls longrope "su"
-        case "longrope":
-            rope = rope_from_dict({"factor": window / before} | given | {"rope_type": kind})
-            if len(rope.long.rescale_factors) != pairs:
-                raise ValueError(f"{len(rope.long.rescale_factors)} factors, head_dim {2 * pairs} needs {pairs}")
-            return rope
+    kind = "longrope" if "long_factor" in given else given.get("rope_type", given.get("type", "default"))
+    match "partial rotary" if given["partial_rotary_factor"] != 1 else kind:
+        case "longrope":  # older Phi-3 calls it "su"
+            return rope_from_dict({"factor": window / before} | given | {"rope_type": kind}, plain(pairs))
         case "yarn" if not {"mscale", "mscale_all_dim", "truncate", "attention_factor"} & given.keys():
             scale, betas = float(given["factor"]), (given.get("beta_fast", 32), given.get("beta_slow", 1))
             return Rope(theta, before, plain(pairs), yarn(pairs, theta, before, scale, *betas), scale)
@@ -814,50 +747,47 @@ def rope_of_config(d, pairs):
             trained = plain(pairs)
         case "linear":
             trained = pi(pairs, theta, window, given["factor"])
-        case "llama3":  # YaRN's ramp over the turns within an earlier window, `before`
+        case "llama3":  # YaRN's ramp over the turns within an earlier window
             low, high = given["low_freq_factor"], given["high_freq_factor"]
             keep = np.clip((before / (2 * math.pi) * inv_freq_of(np.ones(pairs), theta) - low) / (high - low), 0, 1)
             trained = Factors(tuple((1 / (keep + (1 - keep) / given["factor"])).tolist()))
-        case _:
-            raise ValueError(f"rope type {kind!r} is not supported; supported: default, linear, llama3, yarn without "
-                             "options, longrope")
+        case other:
+            raise ValueError(f"rope type {other!r} is not supported, but default, linear, llama3, plain yarn, longrope")
     return Rope(theta, window, trained, trained)
 
 
 def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=None):
-    """The model in a Hugging Face directory or on the Hub, in eval mode.
-
-    rope: None = what the directory says (its rope.json before its config), "config" = its config alone, a Rope, a path
-    to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens. device: cuda if there is one, else cpu; meta
-    reads no weights. dtype: bfloat16 on cuda, float32 on cpu. Raises UserError.
-    """
+    """The model in a Hugging Face directory or on the Hub, in eval mode. rope: None = its rope.json or else its config,
+    "config" = its config alone, a Rope, a path to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens.
+    device: meta reads no weights. dtype: bfloat16 on cuda, float32 on cpu. Raises UserError."""
     path = model_directory(path)
     with reading(f"device {device}"):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
         if device.index is not None:
-            torch.cuda.set_device(device)  # kernels are chosen for, and started on, the current one
+            torch.cuda.set_device(device)  # where kernels are started
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with reading(path / "config.json"):
         config = read_config(read_json(path / "config.json"))
     if (path / "rope.json").exists():
-        said = fitting(load_rope(path / "rope.json", config.rope.trained), config.rope, path / "rope.json")
-        config.rope = replace(config.rope, trained=said.trained)
+        config.rope = replace(config.rope, trained=fitting(path / "rope.json", config.rope).trained)
     elif config.rope.scale != 1:
-        warn(f"{path}: no rope.json says what it was trained with; taken to be plain RoPE, within the original window "
-             f"of {config.rope.original_max_position_embeddings} tokens")
+        warn(f"{path}: no rope.json says what it was trained with; taken to be plain RoPE")
     with torch.device("meta"):
         model = Llama(config)
+    files, index = ["model.safetensors"], path / "model.safetensors.index.json"
+    if index.exists():
+        with reading(index):
+            files = sorted(set(read_json(index)["weight_map"].values()))
     state, parts = {}, stored_names(model)
-    for file in weight_files(path) if device.type != "meta" else ():
-        with reading(file):
-            for name, tensor in load_file(file).items():
-                ours = parts.get(name, [name])  # several where the checkpoint has one matrix for them
+    unused = ("rotary_emb.inv_freq", *("lm_head.weight",) * config.tie_word_embeddings)  # of old Llamas; kept twice
+    for file in files if device.type != "meta" else ():
+        with reading(path / file):
+            for name, tensor in load_file(path / file).items():
+                ours = parts.get(name, [name] if not name.endswith(unused) else [])  # several in a fused matrix
                 rows = [model.get_parameter(n).shape[0] for n in ours] if len(ours) > 1 else len(tensor)
                 state |= zip(ours, tensor.to(device, dtype).split(rows))
-    unused = ("rotary_emb.inv_freq", *("lm_head.weight",) * config.tie_word_embeddings)  # of old Llamas; kept twice
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(unused)}
     with reading(path):  # missing, unexpected or wrongly shaped tensors
         model.load_state_dict(state, strict=device.type != "meta", assign=True)
     model.path = path
@@ -866,20 +796,19 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
 
 
 def model_directory(path):
-    """A directory stays itself; NAME/REPO that is no directory is fetched from the Hub (the needed files only)."""
-    path = Path(path)
-    if path.is_dir():
+    """NAME/REPO that is no directory is fetched from the Hub, the needed files only."""
+    if (path := Path(path)).is_dir():
         return path
-    if len(path.parts) != 2 or path.is_absolute() or path.parts[0] in (".", ".."):
+    if len(path.parts) != 2 or path.parts[0] in ("/", ".", ".."):
         raise UserError(f"model {path}: no such directory")
-    from huggingface_hub import snapshot_download  # only here, so that everything else works without it
     with reading(f"model {path}: no such directory, and the Hub says"):
-        return Path(snapshot_download(str(path), allow_patterns=[
-            *BESIDE, "config.json", "rope.json", "model*.safetensors", "model.safetensors.index.json"]))
+        from huggingface_hub import snapshot_download  # here, so that all else works without it
+        patterns = [*BESIDE, "config.json", "rope.json", "model*.safetensors*"]
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
 
 
 def stored_names(model):
-    """{name in the checkpoint: our names of its parts, from the first row on}. Only a fused matrix has several."""
+    """{name in the checkpoint: our names of its parts, of which only a fused matrix has several}."""
     names = {}
     for ours in model.state_dict():
         *before, module, kind = ours.split(".")
@@ -887,25 +816,13 @@ def stored_names(model):
     return names
 
 
-def weight_files(path):
-    """The safetensors files of a directory."""
-    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
-    if (index := path / "model.safetensors.index.json").exists():
-        with reading(index):
-            files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    if not files:
-        raise UserError(f"{path}: no .safetensors file (other formats are not read, since they can run code)")
-    return files
-
-
 def save_model(model, path, dtype=torch.bfloat16):
-    """Write a Hugging Face directory that transformers loads as it is."""
     save_config(model, path, dtype)
     save_weights(model, path, model.state_dict(), dtype)
 
 
 def save_weights(model, path, state, dtype=torch.bfloat16):
-    """model.safetensors alone. `state`: the model's state_dict, gathered where each process has a part only."""
+    """`state`: the model's state_dict, gathered where each process has a part only."""
     state = {name: torch.cat([state[part].detach().to("cpu", dtype) for part in parts])
              for name, parts in stored_names(model).items()}
     with whole_file(Path(path) / "model.safetensors") as part:
@@ -914,38 +831,36 @@ def save_weights(model, path, state, dtype=torch.bfloat16):
 
 
 def save_config(model, path, dtype=None):
-    """All of that but the weights: the rope goes into config.json, in transformers 4's words and in 5's, and with what
-    those have no place for into rope.json; the tokenizer is copied from where the model came from. dtype: None is that
-    of the weights there. Attention is full here, so no sliding window is written, nor code's names."""
-    path, rope, d, config = Path(path), model.rope, rope_to_dict(model.rope), dict(model.config.hf)
-    for key in ("auto_map", "layer_types", "use_sliding_window", *(("torch_dtype",) if dtype else ())):
-        config.pop(key, None)
-    config |= {"sliding_window": None} | ({"dtype": str(dtype).removeprefix("torch.")} if dtype else {})
+    """A Hugging Face directory but for the weights: the rope goes into config.json, in transformers 4's words and in
+    5's, and into rope.json, which has room for all of it. dtype: None is what the config said."""
+    path, rope, d = Path(path), model.rope, rope_to_dict(model.rope)
+    dropped = ("auto_map", "layer_types", "use_sliding_window", *["torch_dtype"] * bool(dtype))
+    config = {k: v for k, v in model.config.hf.items() if k not in dropped} | {"sliding_window": None}
+    if dtype:
+        config["dtype"] = str(dtype).removeprefix("torch.")
     if rope != model.config.rope:  # or else config.json says it already
-        parameters, window = {k: d[k] for k in HF_KEYS}, rope.original_max_position_embeddings
+        parameters, window = dict([*d.items()][:7]), rope.original_max_position_embeddings
         said = rope_to_dict(rope_from_dict(parameters, rope.trained))
         if lost := [f"{k} {v:.4g} (transformers will take {said[k]:.4g})" for k, v in d.items() if v != said[k]]:
-            warn(f"{path}: config.json has no place for {', '.join(lost)}; rope.json beside it, which this program "
-                 "reads, has")
+            warn(f"{path}: config.json has no place for {', '.join(lost)}; rope.json, which this program reads, has")
         parameters |= {"short_mscale": d["short_attention_factor"], "long_mscale": d["attention_factor"]}  # for vLLM
-        unscaled = rope.long == plain(len(rope.long.rescale_factors)) and not rope.short
-        config |= {"rope_theta": rope.rope_theta, "rope_scaling": None if unscaled else parameters,
-                   "rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta} if unscaled else
-                   parameters, "max_position_embeddings": window if unscaled else rope.target_length,
-                   "original_max_position_embeddings": window}  # Phi3 looks for it here
+        config |= {"rope_theta": rope.rope_theta, "rope_scaling": parameters, "rope_parameters": parameters,
+                   "max_position_embeddings": rope.target_length, "original_max_position_embeddings": window}
+        if rope.long == plain(len(rope.long.rescale_factors)) and not rope.short:
+            config |= {"rope_scaling": None, "max_position_embeddings": window,
+                       "rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta}}
     write_json(path / "config.json", config)
     write_json(path / "rope.json", d)
-    for file in {file for name in BESIDE for file in model.path.glob(name)} if model.path not in (None, path) else ():
+    for file in chain.from_iterable(map(model.path.glob, BESIDE)) if model.path not in (None, path) else ():
         with whole_file(path / file.name) as part:
             part.write_bytes(file.read_bytes())
 
 
 def load_tokenizer(path=BUNDLED_MODEL):
-    """tokenizer.json of a model directory, as a `tokenizers.Tokenizer`. Raises UserError."""
     file = model_directory(path) / "tokenizer.json"
     with reading(file):
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    tokenizer.no_truncation()  # transformers ignores what the file says of these two
+    tokenizer.no_truncation()  # as transformers does
     tokenizer.no_padding()
     return tokenizer
 
@@ -955,39 +870,31 @@ def load_tokenizer(path=BUNDLED_MODEL):
 
 
 def read_documents(paths, min_characters=0, books=slice(5)):
-    """Yield (name, text) from .txt files, directories of them and .jsonl(.gz) files with a "text" field, in the order
-    given and, within a directory, of the names. No path: `books` of the bundled ten, joined where it takes several to
-    reach `min_characters`. Raises UserError."""
+    """Yield (name, text) from .txt and .jsonl(.gz) files and directories of them, these in the order of the names. No
+    path: `books` of the bundled ten, joined where it takes several to reach `min_characters`. Raises UserError."""
     if not paths:
-        names, text = [], ""
-        for name, book in [*documents_in(BUNDLED_MODEL.parent / "books.jsonl.gz")][books]:
-            names, text = [*names, name], text + book
-            if len(text) >= min_characters:
-                yield " + ".join(names), text
-                names, text = [], ""
-        if text:
-            yield " + ".join(names), text
+        found = [*documents_in(BUNDLED_MODEL.parent / "books.jsonl.gz")][books]
+        together = math.ceil(max(1, min_characters) / len(found[0][1]))  # all are of one length
+        for i in range(0, len(found), together):
+            names, texts = zip(*found[i:i + together])
+            yield " + ".join(names), "".join(texts)
     for path in map(Path, paths):
         kinds = (".txt", ".jsonl", ".jsonl.gz")
         files = sorted(p for p in path.rglob("*") if p.name.endswith(kinds)) if path.is_dir() else [path]
         if not files:
             raise UserError(f"data {path}: no .txt or .jsonl file in it")
-        for file in files:
-            for name, text in documents_in(file):
-                if "\ufffd" in text:
-                    warn(f"{name}: has bytes that are not UTF-8, read as U+FFFD")
-                yield name, text
+        for name, text in chain.from_iterable(map(documents_in, files)):
+            if "\ufffd" in text:
+                warn(f"{name}: has bytes that are not UTF-8, read as U+FFFD")
+            yield name, text
 
 
 def documents_in(file):
-    """Yield (name, text) from one file."""
-    if not file.name.endswith((".jsonl", ".jsonl.gz")):
-        with reading(f"data {file}"):
-            text = file.read_text(encoding="utf-8-sig", errors="replace")
-        yield file.name, text
-        return
     opened = gzip.open if file.suffix == ".gz" else open
     with reading(f"data {file}"), opened(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
+        if not file.name.endswith((".jsonl", ".jsonl.gz")):
+            yield file.name, lines.read()
+            return
         for number, line in enumerate(lines, 1):
             with reading(f"{file}, line {number}: not a JSON object with a \"text\" field"):
                 record = json.loads(line)
@@ -996,14 +903,11 @@ def documents_in(file):
 
 
 def windows(documents, tokenizer, length, samples):
-    """The first `length` tokens of each of the first `samples` documents that have so many -> [(name, tokens (T,))].
-
-    A beginning-of-text token comes first if the tokenizer adds it by itself. Shorter documents are left out, with a
-    line on stderr. Raises UserError if none is long enough.
-    """
+    """The first `length` tokens, with what the tokenizer puts in front, of each of the first `samples` documents that
+    have so many -> [(name, tokens (T,))]. Raises UserError."""
     found, short = [], {}
     for name, text in documents:
-        characters = 8 * length  # encode a beginning only; books are far longer than most windows
+        characters = 8 * length  # books are far longer than most windows
         while len(tokens := tokenizer.encode(text[:characters]).ids) <= length + 16 and characters < len(text):
             characters *= 2  # the cut changes the last few tokens at most
         if len(tokens) < length:
@@ -1014,14 +918,13 @@ def windows(documents, tokenizer, length, samples):
             break
     if not found:
         raise UserError(f"no document of {length} tokens: the longest of {len(short)} has "
-                        f"{max(short.values(), default=0)}; give longer documents (--data) or a shorter --len")
+                        f"{max(short.values(), default=0)}; give longer --data or a shorter --len")
     if short:
         warn(f"left out {len(short)} documents shorter than {length} tokens: {shorten(', '.join(short), 200)}")
     return found
 
 
 def data_hash(tokens):
-    """sha256 over the tokens of windows: what was measured, whatever files it came from."""
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()
 
 
@@ -1030,14 +933,14 @@ def data_hash(tokens):
 
 
 def join_processes(device=None):
-    """Under torchrun: join its processes and take this one's GPU. Before `load_model`."""
+    """Those of torchrun, and take this one's GPU. Before `load_model`."""
     if "RANK" in os.environ and not dist.is_initialized():
         gpu = None
         if torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
             gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(gpu)
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1),  # a window can take an hour
-                                device_id=gpu)
+        long = timedelta(days=1)  # a window can take an hour
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=long, device_id=gpu)
 
 
 def rank():
@@ -1064,8 +967,8 @@ def warn(line):
 
 
 def spread(measure, items, together=1):
-    """[measure(x) for x in items], dealt to torchrun's processes, `together` of them on one item. All of them get the
-    whole list in the order of `items`, so sums over it do not depend on their number."""
+    """[measure(x) for x in items], dealt to torchrun's processes, `together` of them on one item. All get the whole
+    list in its order, so sums over it do not depend on their number."""
     groups = world_size() // together
     mine = [measure(x) for x in items[rank() // together::groups]]
     parts = [mine] * world_size()
@@ -1075,12 +978,11 @@ def spread(measure, items, together=1):
 
 
 def share_sequences(model, processes, lengths):
-    """--context-parallel, once the lengths of the sequences are known. Raises UserError."""
+    """--context-parallel, for sequences of these lengths. Raises UserError."""
     if world_size() % processes:
-        raise UserError(f"--context-parallel {processes}: torchrun has {world_size()} processes, which is no multiple")
-    for length in lengths if processes > 1 else ():
-        if length % (2 * processes):
-            raise UserError(f"--context-parallel {processes}: {length} tokens are no multiple of {2 * processes}")
+        raise UserError(f"--context-parallel {processes}: torchrun has {world_size()} processes, no multiple")
+    if odd := [length for length in lengths if processes > 1 and length % (2 * processes)]:
+        raise UserError(f"--context-parallel {processes}: {odd[0]} tokens are no multiple of {2 * processes}")
     model.context = Context(dist.new_subgroups(processes)[0]) if processes > 1 else None
 
 
@@ -1089,25 +991,21 @@ def share_sequences(model, processes, lengths):
 
 
 def add_arguments(parser, data=True):
-    parser.add_argument("--model", default=os.path.relpath(BUNDLED_MODEL),
-                        help="Hugging Face directory or Hub id (default: the bundled model)")
+    add = parser.add_argument
+    add("--model", default=os.path.relpath(BUNDLED_MODEL), help="directory or Hub id (default: the bundled model)")
     if data:
-        parser.add_argument("--data", nargs="+", default=[], metavar="PATH", help=".txt files, directories of them, or "
-                            ".jsonl(.gz) with a \"text\" field (default: five of the ten books in assets)")
-    parser.add_argument("--context-parallel", type=natural, default=1, metavar="N",
-                        help="processes of torchrun that work on one sequence (default: 1; in "
-                        "finetune.py as few as let --batch-size be dealt evenly)")
-    parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
-                        help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--no-compile", dest="compile", action="store_false",
-                        help="do without torch.compile on cuda, which needs a C compiler")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of everything random (default: 0)")
+        add("--data", nargs="+", default=[], metavar="PATH", help=".txt files, directories of them, or .jsonl(.gz) "
+            "with a \"text\" field (default: five of the bundled books)")
+    add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
+        "sequence (default: 1; in finetune.py as few as share --batch-size evenly)")
+    add("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
+    add("--no-compile", dest="compile", action="store_false", help="no torch.compile on cuda: it needs a C compiler")
+    add("--seed", type=whole, default=0, metavar="N", help="of everything random (default: 0)")
 
 
-def whole(text, least=0):
-    """argparse's type of numbers 0, 1, 2, ..."""
-    if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text) >= least):
+def whole(text, least=0):  # argparse's type of numbers 0, 1, 2, ...
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not {least}, {least + 1}, {least + 2}, ...")
     return int(text)
 
@@ -1116,7 +1014,7 @@ natural = functools.partial(whole, least=1)
 
 
 def begin(args):
-    """What all scripts start with: processes, and the model with its config's own rope."""
+    """The processes, and the model with its config's own rope."""
     global compiling
     join_processes(args.device)
     compiling = args.compile
@@ -1124,7 +1022,7 @@ def begin(args):
 
 
 def describe(model, tokenizer):
-    """What must agree, among other things, for two runs to be parts of one."""
+    """What must agree for two runs to be parts of one."""
     w, sample = model.unembedding, hashlib.sha256()
     for p in model.parameters():  # a little of every tensor: quick, and any training changes it
         sample.update(p.flatten()[:1024].double().cpu().numpy().tobytes())
@@ -1133,52 +1031,52 @@ def describe(model, tokenizer):
             "compiled": bool(compiling and w.is_cuda)}
 
 
-def recorded(args, **more):
-    """What need not agree, for the record: arguments, versions and machine."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {"arguments": arguments, "python": platform.python_version(), "torch": torch.__version__,
-            "device": device, "processes": world_size(), **more}
+def recorded(args):
+    """What need not agree, for the record."""
+    return {"arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "python": sys.version.split()[0], "torch": torch.__version__, "processes": world_size(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"}
 
 
 def forward_flops(model, length):
-    """Floating-point operations of one forward pass over a window of `length` tokens: 2 for each weight and token, and
-    causal attention's two matrix products, 2 * 2 * T^2/2 * H * D in each layer."""
+    """Of one pass: 2 for each weight and token, and 2 * 2 * T^2/2 * H * D in each layer's causal attention."""
     c = model.config
     matrices = sum(p.numel() for block in model.model.layers for p in block.parameters()) + model.unembedding.numel()
     return 2 * matrices * length + 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
 
 
 def utilisation(flops, seconds, device):
-    """Model FLOP utilisation of all processes' GPUs, None if their peak (bfloat16, dense, data sheets) is not known."""
+    """Model FLOP utilisation of all GPUs, None if their peak (bfloat16, dense) is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
     return next((flops / seconds / (peak * world_size()) for gpu, peak in peaks.items() if gpu in name), None)
 
 
 def warm_up(model, length):
-    """Let libraries start and kernels compile, which no measurement should pay for. On a GPU long sequences have
-    kernels of their own, so the pass is over up to 65536 of `length` tokens."""
+    """Let libraries start and kernels compile; on a GPU long sequences have kernels of their own."""
     step = 2 * model.context.size if model.context else 2
     window_nll(model, torch.zeros(min(length, 65536 if model.unembedding.is_cuda else 32) // step * step, dtype=int))
 
 
 def run(main, remedy="lower --len"):
-    """main() with mistakes of the user's, and running out of memory, told in one line and exit code 2."""
+    """main() with the user's mistakes, and running out of memory, told in one line."""
+    def stop(line, code=2):
+        with suppress(OSError):  # a pipe that Ctrl-C closed, too
+            tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(code)
     try:
         main()
-    except (Exception, KeyboardInterrupt) as e:
-        memory = isinstance(e, RuntimeError) and re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
-        if not (memory or isinstance(e, (UserError, OSError, SafetensorError, KeyboardInterrupt))):  # a full disk
+    except (UserError, OSError, SafetensorError) as e:  # the last two: a full disk
+        stop(e)
+    except RuntimeError as e:  # as torch.OutOfMemoryError is
+        if not (needed := re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)):
             raise
-        line = "stopped; the same command goes on" if isinstance(e, KeyboardInterrupt) else e
-        line = f"out of memory, {memory[0]}: {remedy}" if memory else line  # a CPU's is a plain RuntimeError
-        with suppress(OSError):  # a pipe that Ctrl-C closed, too
-            tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)  # clear of the progress bar
-        sys.exit(1 if isinstance(e, KeyboardInterrupt) else 2)
+        stop(f"out of memory, {needed[0]}: {remedy}")
+    except KeyboardInterrupt:
+        stop("stopped; the same command goes on", 1)
     if dist.is_initialized():
         dist.barrier()  # none tears its connections down while another still writes
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # all is written; gloo's threads sometimes abort when the interpreter takes them down
+        os._exit(0)  # gloo's threads sometimes abort when the interpreter takes them down

@@ -32,7 +32,7 @@ import finetune  # noqa: E402
 import longrope  # noqa: E402
 from longrope import Llama, attention_kernel, forward_flops, load_model, read_config, recorded  # noqa: E402
 
-LLAMA3 = {"model_type": "llama", "vocab_size": 256, "hidden_size": 4096, "intermediate_size": 14336,
+LLAMA3 = {"architectures": ["LlamaForCausalLM"], "vocab_size": 256, "hidden_size": 4096, "intermediate_size": 14336,
           "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
           "max_position_embeddings": 8192, "rope_theta": 500000.0, "tie_word_embeddings": True}
 SMOLLM2 = LLAMA3 | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

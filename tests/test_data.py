@@ -167,7 +167,7 @@ def test_a_journal_is_one_runs_at_a_time_and_no_other_programs(tmp_path):
         journal(path)
     other.communicate(b"\n")
     assert journal(path) == ([0], [0, 1])
-    for foreign in (b'{"step": 1}\n{"step": 2}\n', b"notes of mine\nand more\n"):
+    for foreign in (b'{"step": 1}\n{"step": 2}\n', b"notes of mine\nand more\n", b'{"setup": {"se\n{"row": 0}\n'):
         path.write_bytes(foreign)
         with pytest.raises(UserError, match=r"log\.jsonl: not a journal of this program; give another --out"):
             journal(path)

@@ -98,11 +98,9 @@ def assert_same_run(out, alone):
     assert (out / "rope.json").read_text() == (alone / "rope.json").read_text() and not checkpoints(out)
 
 
-@pytest.mark.parametrize("count, more", [
-    (2, ("--micro-batch-size", 2)), (2, ("--context-parallel", 2, "--micro-batch-size", 2, "--checkpointing")),
-    (4, ("--context-parallel", 2, "--checkpointing"))])
-def test_several_processes_train_as_one(command, tmp_path, alone, count, more):
-    spawn(count, train, command(tmp_path, *more))
+def test_several_processes_train_as_one(command, tmp_path, alone):
+    """Two to a sequence; test_torchrun_ends_cleanly is without sharing."""
+    spawn(4, train, command(tmp_path, "--context-parallel", 2, "--checkpointing"))
     assert_same_run(tmp_path, alone)
 
 
@@ -207,24 +205,24 @@ def test_bfloat16_computes_on_float32_masters_gradients_and_tables(command, tmp_
 # Stop and go on
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_a_killed_run_goes_on_with_another_number_of_processes(command, tmp_path, alone, before, after):
-    spawn(before, train, command(tmp_path), 3, code=-signal.SIGKILL)
+def test_a_killed_run_goes_on_with_more_processes(command, tmp_path, alone):
+    spawn(1, train, command(tmp_path), 3, code=-signal.SIGKILL)
     assert checkpoints(tmp_path) == ["checkpoint-2"]
-    spawn(after, train, command(tmp_path))
-    assert_same_run(tmp_path, alone)
-
-
-def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(command, tmp_path, alone):
-    spawn(2, train, command(tmp_path), 2, signal.SIGTERM, (1,), code=1)
-    assert checkpoints(tmp_path) == ["checkpoint-3"]
     spawn(2, train, command(tmp_path))
     assert_same_run(tmp_path, alone)
 
 
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_one_goes_on(command, tmp_path, alone):
+    spawn(2, train, command(tmp_path), 2, signal.SIGTERM, (1,), code=1)
+    assert checkpoints(tmp_path) == ["checkpoint-3"]
+    spawn(1, train, command(tmp_path))
+    assert_same_run(tmp_path, alone)
+
+
 def test_torchrun_ends_cleanly(command, tmp_path, alone):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(ROOT / "finetune.py"), *command(tmp_path)], capture_output=True, text=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(ROOT / "finetune.py"), *command(tmp_path, "--micro-batch-size", 2)],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "2 processes on cpu" in done.stdout and done.stdout.count("wrote") == 1
     assert not any(word in done.stderr for word in ("Traceback", "terminate", "Error", "Warning")), done.stderr

@@ -93,9 +93,10 @@ def test_rotate_turns_the_pair_i_and_i_plus_half_like_a_complex_number():
 
 
 @pytest.mark.parametrize("n_hat", [0, 1, 4, 64, 511, 512, 100_000])
-def test_the_first_n_hat_tokens_are_plain_and_the_others_as_without_n_hat(n_hat):
-    factors = random_factors(0, 8)
-    tables = (one_set(factors, n_hat).table(512), PLAIN.table(512), one_set(factors).table(512))
+def test_the_first_n_hat_tokens_are_as_trained_and_the_others_as_without_n_hat(n_hat):
+    factors, trained = random_factors(0, 8), Factors(random_factors(5, 8))  # not plain, as in Llama 3.1
+    tables = (replace(one_set(factors, n_hat), trained=trained).table(512), replace(PLAIN, long=trained).table(512),
+              one_set(factors).table(512))
     for ours, unscaled, rescaled in zip(*tables):
         assert torch.equal(ours[:n_hat], unscaled[:n_hat]) and torch.equal(ours[n_hat:], rescaled[n_hat:])
     assert not same_table(one_set(factors), PLAIN, 512)
@@ -217,7 +218,7 @@ ONES = [1.0] * 31
 @pytest.mark.parametrize("changes, said", [
     *[({"long_factor": [bad, *ONES]}, "finite and above 0") for bad in (math.nan, 0.0)],
     *[({"short_factor": [bad, *ONES]}, "finite and above 0") for bad in (math.inf, -1.0)],
-    ({"trained_factor": [-1.0, *ONES]}, "finite and above 0"), ({"trained_factor": ONES}, "trained_factor 31"),
+    ({"trained_factor": [-1.0, *ONES]}, "finite and above 0"), ({"trained_factor": ONES}, "trained_factor has 31"),
     ({"attention_factor": math.nan}, "finite"), ({"rope_theta": -1.0}, "above 0"), ({"factor": 0.0}, "above 0"),
     ({"long_factor": ONES}, "31"), ({"long_factor": ["one", *ONES]}, "one"), ({"long_factor": 2.0}, "rope.json"),
     ({"long_n_hat": -1}, "n_hat"), ({"short_n_hat": "few"}, "few"), ({"rope_type": "yarn"}, "longrope"),
@@ -238,9 +239,9 @@ def test_a_malformed_rope_json_is_the_users_mistake(tmp_path, changes, said):
 
 
 @pytest.mark.parametrize("rope, said", [
-    (make_rope([2.0] * 16, 4.0), "number of factors is 16"),
+    (make_rope([2.0] * 16, 4.0), "long_factor has 16 factors, needs 32"),
     (make_rope([2.0] * PAIRS, 4.0, rope_theta=500000.0), "rope_theta"),
-    (make_rope([2.0] * PAIRS, 4.0, window=WINDOW + 1), f"original window is {WINDOW + 1}"),
+    (make_rope([2.0] * PAIRS, 4.0, window=WINDOW + 1), f"original_max_position_embeddings is {WINDOW + 1}"),
 ])
 def test_a_rope_for_another_model_is_the_users_mistake(tmp_path, tiny, rope, said):
     write_json(tmp_path / "rope.json", rope_to_dict(rope))

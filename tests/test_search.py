@@ -112,11 +112,10 @@ def test_shift_multiplies_neighbouring_factors_by_one_number():
 def test_every_gene_of_a_child_is_a_parents_at_that_place_and_the_order_is_kept_over_1000_draws():
     rng, mixed = np.random.default_rng(0), 0
     for n in range(DRAWS):
-        a, b = (candidate(random_factors(2 * n + i, 10.0), N_HAT[(n + 5 * i) % len(N_HAT)]) for i in range(2))
+        a, b = (candidate(random_factors(2 * n + i, 10.0)) for i in range(2))
         child = crossover(rng, a, b)
         genes = zip(child.rescale_factors, a.rescale_factors, b.rescale_factors, strict=True)
         assert is_monotone(child.rescale_factors) and all(gene in (x, y) for gene, x, y in genes)
-        assert child.n_hat in (a.n_hat, b.n_hat)
         mixed += child.rescale_factors not in (a.rescale_factors, b.rescale_factors)
     assert mixed > 0.9 * DRAWS and crossover(rng, a, a) == a
 
@@ -125,11 +124,9 @@ def test_both_parents_give_genes_each_about_half_where_any_mixture_keeps_the_ord
     rng = np.random.default_rng(0)
     a, b = candidate(1 + np.arange(PAIRS) / 10, 0, 1.1), candidate(1.05 + np.arange(PAIRS) / 10, 256, 1.2)
     children = [crossover(rng, a, b) for _ in range(DRAWS)]
-    from_a = np.array([np.equal(child.rescale_factors, a.rescale_factors) for child in children])
+    from_a = np.array([[*np.equal(c.rescale_factors, a.rescale_factors), c.n_hat == 0, c.attention_factor == 1.1]
+                       for c in children])
     assert abs(from_a.mean() - 0.5) < 0.02 and np.abs(from_a.mean(axis=0) - 0.5).max() < 0.06
-    assert not (from_a.all(axis=1) | (~from_a).all(axis=1)).any()
-    others = np.array([(child.n_hat == 0, child.attention_factor == 1.1) for child in children])
-    assert np.abs(others.mean(axis=0) - 0.5).max() < 0.06 and len(np.unique(others, axis=0)) == 4  # a coin each
     assert {(c.n_hat, c.attention_factor) for c in children} == {*itertools.product((0, 256), (1.1, 1.2))}
 
 
@@ -196,7 +193,7 @@ def test_nothing_is_evaluated_twice_and_the_same_seed_is_the_same_search(monkeyp
     assert len(one[1]) == 12 + 8 * 11 == len({c for c, *_ in one[1]}) and one == two != other
 
 
-@pytest.mark.parametrize("screening", ["1", "64"])
+@pytest.mark.parametrize("screening", ["1", "3"])
 def test_a_space_that_is_used_up_ends_the_search(screening):
     """Two pairs between 1 and 1.01 and one n_hat: three points."""
     starts = {candidate((1.0, 1.0)): "pi", candidate((1.01, 1.01)): "ntk"}

@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from conftest import (WINDOW, complaint, hf_logits, make_rope, processes, random_factors, random_tokens, read_lines,
-                      run_script, save_tiny)
+                      save_tiny)
 from test_search import PAIRS, SLOW, good
 from tqdm import tqdm
 
@@ -137,7 +137,7 @@ def test_rope_json_is_the_best_of_the_history_and_measures_what_it_says(undistur
 
 def test_search_prints_the_cost_first_and_a_table_at_the_end_and_draws_a_plot(undisturbed):
     lines = undisturbed.printed.splitlines()
-    assert lines[0].startswith("a candidate (2 documents of 256 tokens) takes about ") and " 15 candidates" in lines[0]
+    assert lines[0].startswith("15 candidates, on 2 documents of 256 tokens, take about ")
     start = next(i for i, line in enumerate(lines) if line.startswith("rope "))
     rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[start + 1:start + 6]}
     assert [*rows] == ["none", "pi", "ntk", "yarn", "searched"]
@@ -156,7 +156,7 @@ def test_with_everything_searched_all_stays_within_bounds_and_the_best_is_writte
     assert n_hats <= {*N_HAT} and len(n_hats) > 2
     assert min(min(np.array(g["rescale_factors"])[SLOW]) for g in genes) >= 4.4  # 1.1 s
     assert load_rope(tmp_path / "rope.json").long == best_of(tmp_path)
-    assert "only 6 documents" in (printed := capsys.readouterr().out) and "give more documents" in printed
+    assert "on 6 documents of" in (printed := capsys.readouterr().out) and " 0 unseen" in printed
 
 
 def test_what_is_exported_computes_the_same_in_transformers(undisturbed, tiny, books, tmp_path, measured, capsys):
@@ -177,7 +177,7 @@ def test_the_bundled_model_is_searched_for_128_times_its_window(tmp_path, monkey
         over_window(model, tokens, *rest) if len(tokens) <= 2048 else torch.ones(len(tokens) - 1)))
     search.main(["--len", "131072", "--max-evals", "1", "--out", str(tmp_path), "--device", "cpu"])
     (row,), printed = rows_of(tmp_path), capsys.readouterr().out
-    assert printed.startswith("a candidate (2 documents of 131072 tokens) takes about") and "long for a CPU" in printed
+    assert printed.startswith("1 candidates, on 2 documents of 131072 tokens, ta") and "smaller --len" in printed
     assert written(tmp_path)[0]["long_factor"] == row["genes"]["rescale_factors"] == [128.0] * 32
     assert row["nll"] == [131071.0] * 2
 
@@ -190,7 +190,7 @@ def test_from_a_history_cut_anywhere_the_search_goes_on_and_measures_nothing_aga
         undisturbed, tiny, books, tmp_path, measured):
     lines = undisturbed.lines
     assert len(lines) == 2 + EVALUATIONS + COMPARED
-    for kept in range(0, len(lines), 3):
+    for kept in range(0, len(lines), 5):
         torn, out = lines[kept][:(0, 1, len(lines[kept]) // 2, -1)[kept % 4]], tmp_path / str(kept)
         out.mkdir()
         (out / "history.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
@@ -228,7 +228,7 @@ def start(count, arguments, slowly=0.0):
 
 def test_killed_at_random_moments_the_same_command_goes_on_to_the_same_result(undisturbed, tiny, books, tmp_path):
     history, rng, size = tmp_path / "history.jsonl", random.Random(0), sum(map(len, undisturbed.lines))
-    for share in (0.0, 0.4, 0.85):  # the comparison begins at about 0.7
+    for share in (0.3, 0.85):  # the comparison begins at about 0.7
         (process,), until = start(1, command(tiny, books, tmp_path), slowly=0.01), time.monotonic() + 60
         while time.monotonic() < until and not (history.exists() and history.stat().st_size > share * size):
             time.sleep(0.001)
@@ -240,8 +240,7 @@ def test_killed_at_random_moments_the_same_command_goes_on_to_the_same_result(un
     assert result(tmp_path) == undisturbed.result
 
 
-@pytest.mark.parametrize("line", ["stopped; the same command goes on", "not finite"])
-@pytest.mark.parametrize("call", [9, 2 * EVALUATIONS + 7], ids=["in the search", "in the comparison"])
+@pytest.mark.parametrize("call, line", [(9, "stopped; the same command goes"), (2 * EVALUATIONS + 7, "not finite")])
 def test_ctrl_c_or_a_loss_that_is_not_finite_is_one_line_and_the_same_command_goes_on(
         undisturbed, tiny, books, tmp_path, monkeypatch, measured, capsys, call, line):
     over_window = longrope.over_window
@@ -264,11 +263,9 @@ def test_ctrl_c_or_a_loss_that_is_not_finite_is_one_line_and_the_same_command_go
     assert len(measured) == 2 * EVALUATIONS + COMPARED + (call == 9)  # half a candidate is measured again
 
 
-@pytest.mark.parametrize("change", ["deleted", "edited"])
-def test_rope_json_is_made_again_from_the_history_at_the_start(undisturbed, tiny, books, tmp_path, monkeypatch, change):
+def test_rope_json_is_made_again_from_the_history_at_the_start(undisturbed, tiny, books, tmp_path, monkeypatch):
     (tmp_path / "history.jsonl").write_bytes(b"".join(undisturbed.lines))
-    if change == "edited":
-        write_json(tmp_path / "rope.json", undisturbed.result[0][0] | {"long_factor": [1.0] * PAIRS})
+    write_json(tmp_path / "rope.json", undisturbed.result[0][0] | {"long_factor": [1.0] * PAIRS})
     monkeypatch.setattr(search, "search", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         search.main(command(tiny, books, tmp_path))
@@ -317,24 +314,10 @@ def test_the_history_of_another_search_is_refused_and_stays_as_it_was(
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
-def test_a_second_run_in_the_same_directory_at_the_same_time_ends_at_once(
-        undisturbed, tiny, books, tmp_path, monkeypatch, capsys):
-    fitness, said = search.fitness, []
-
-    def joined(*given):
-        said[:] = said or ["", complaint(search.main, capsys, *command(tiny, books, tmp_path))]
-        return fitness(*given)
-    monkeypatch.setattr(search, "fitness", joined)
-    search.main(command(tiny, books, tmp_path))
-    assert "another run is writing there" in said[1] and result(tmp_path) == undisturbed.result
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_find_what_one_finds(undisturbed, tiny, books, tmp_path, count):
-    if count == 4:  # what one process began
-        (tmp_path / "history.jsonl").write_bytes(b"".join(undisturbed.lines[:8]) + undisturbed.lines[8][:50])
-    ended = [process.join(100) or process.exitcode for process in start(count, command(tiny, books, tmp_path))]
-    assert ended == [0] * count and result(tmp_path) == undisturbed.result
+def test_several_processes_find_what_one_finds(undisturbed, tiny, books, tmp_path):
+    (tmp_path / "history.jsonl").write_bytes(b"".join(undisturbed.lines[:3]) + undisturbed.lines[3][:50])  # of one
+    ended = [process.join(100) or process.exitcode for process in start(4, command(tiny, books, tmp_path))]
+    assert ended == [0] * 4 and result(tmp_path) == undisturbed.result
 
 
 def test_two_processes_on_one_sequence_measure_what_one_measures(undisturbed, tiny, books, tmp_path):
@@ -398,7 +381,7 @@ def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_
         row | {"search": 1.0} if row["rope"] == better else row for row in compare(*given)])
     rope, record, _ = searched_on(init, tiny, books, "--short", "--len", length, *["--slow-least", least] * (least > 0))
     assert (record["kept"] == better) is kept and rope.long == FINETUNED.long
-    assert ("so rope.json has" in capsys.readouterr().out) is kept
+    assert (f"rope.json ({better})" in capsys.readouterr().out) is kept
     if kept:
         assert rope.at(length) == (plain(PAIRS) if better == "none" else FINETUNED.long)
     else:
@@ -414,13 +397,12 @@ def test_a_search_from_good_factors_ends_no_worse(undisturbed, tiny, books, tmp_
 
 @pytest.mark.parametrize("changes, said", [
     ("--model nowhere", "nowhere"), ("--data nowhere.txt", "nowhere.txt"),
-    ("--len 100000", "no document of 100000 tokens"), ("--len 64", "nothing to extend"), ("--len 1", "at least 2"),
-    ("--population-size 2", "--population-size 3"), ("--num-parents 1", "--num-parents must be at least 2"),
-    ("--short", "--init"), ("--init nowhere.json", "nowhere.json"), ("--init init.json", "the window is 256 already"),
-    ("--init other.json --len 512", "number of factors"), ("--init init.json --short", "long set would never be used"),
-    ("--start-from nowhere.json", "nowhere.json"), ("--start-from init.json --population-size 3", "--start-from 4"),
-    ("--start-from out/rope.json", "give another --out"), ("--slow-least 0", "at most 1.25"),
-    ("--slow-least 1.26", "at most 1.25"), ("--slow-least 0.2", "bounds nothing"), ("--out init.json", "init.json"),
+    ("--len 100000", "no document of 100000 tokens"), ("--len 64", "nothing to extend"), ("--short", "--init"),
+    ("--init nowhere.json", "nowhere.json"), ("--init init.json", "the window is 256 already"),
+    ("--init other.json --len 512", "factors, needs"), ("--init init.json --short", "--len below its long set's"),
+    ("--start-from nowhere.json", "nowhere.json"), ("--slow-least 0", "bounds nothing"), ("--slow-least nan", "bounds"),
+    ("--slow-least 1.26", "above 5, the largest"), ("--slow-least 0.2", "bounds nothing"),
+    ("--out init.json", "init.json"),
     ("--export hf --n-hat 4", "n_hat"), ("--export hf --init init.json --len 512", "n_hat"),
     ("--context-parallel 2", "--context-parallel 2"), *[
         (f"--attention-factor {x}", "--attention-factor") for x in ("foo", "nan", "0")]])
@@ -431,14 +413,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(init, tiny, books, tmp_path
     assert not (tmp_path / "out").exists()  # found before any work
 
 
-@pytest.mark.parametrize("changes", ["--seed -1", "--samples 0", "--iterations 1.5", "--max-evals x", "--n-hat -1"])
+@pytest.mark.parametrize("changes", [
+    "--seed -1", "--samples 0", "--iterations 1.5", "--max-evals x", "--n-hat -1", "--len 1", "--population-size 2",
+    "--num-parents 1"])
 def test_an_argument_that_is_no_such_number_ends_at_once(changes, capsys):
     with pytest.raises(SystemExit) as end:
         search.main(changes.split())
     assert end.value.code == 2 and f"argument {changes.split()[0]}" in capsys.readouterr().err
-
-
-def test_a_users_mistake_is_one_line_from_the_shell_too(tiny, tmp_path):
-    done = run_script("search.py", "--model", tiny, "--data", "no/such.txt", "--out", tmp_path / "out")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("search.py: data no/such.txt: ") and done.stderr.count("\n") == 1

@@ -79,7 +79,8 @@ def measure(model, scored, args, bar):
 def read_windows(args, lengths, model):
     """{length: (what a row says of its data, [(tokens, first), ...])}, the same for all ropes."""
     tokenizer, found = load_tokenizer(args.model), {}
-    documents = read_documents(args.data, 5 * lengths[-1])
+    total = args.doc_tokens or lengths[-1] + 10 * args.stride
+    documents = read_documents(args.data, 5 * total)
     if args.windows:  # of whole documents
         bos = model.config.hf.get("bos_token_id")
         bos = bos[0] if isinstance(bos, list) else bos
@@ -88,7 +89,6 @@ def read_windows(args, lengths, model):
         if not texts:
             raise UserError(f"no document of {lengths[-1]} tokens; give longer --data or a shorter --len")
     else:
-        total = args.doc_tokens or lengths[-1] + 10 * args.stride
         texts = [tokens for _, tokens in windows(documents, tokenizer, total, args.samples)]
     for n in lengths:
         stride = args.stride or (n if args.doc_tokens else 0)
@@ -136,9 +136,10 @@ def parser():
     p.add_argument("--samples", type=natural, default=10, help="documents (default: 10)")
     p.add_argument("--stride", type=whole, default=0,
                    help="tokens a window moves by, 256 in the paper (default: 0, one window a document)")
-    p.add_argument("--doc-tokens", type=natural, help="of each document, in windows one after another or --stride "
-                   "apart (default: --len; with --stride the longest and 10 strides)")
-    p.add_argument("--windows", type=natural, metavar="N", help="instead N windows from anywhere in each document")
+    p.add_argument("--doc-tokens", type=natural, help="read of each document, in windows one after another or "
+                   "--stride apart (default: the longest --len; with --stride 10 strides more)")
+    p.add_argument("--windows", type=natural, metavar="N",
+                   help="N windows from anywhere in each document, BOS first, in place of its first tokens")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")
     return p
 

@@ -72,7 +72,7 @@ def step_length(step, seed, lengths):
 def reading_order(count, epoch, batch_size, seed, lengths):
     """The rows of data.view(-1, length), length its step's, that each of an epoch's `count` places reads. An epoch is a
     permutation of all segments; those at places of less than lengths[0] tokens are cut, and the pieces shuffled."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(count, generator=generator)
     steps = torch.arange(epoch * count, (epoch + 1) * count) // batch_size  # that of each place
     length_at = torch.tensor([step_length(step, seed, lengths) for step in steps.tolist()])
@@ -336,11 +336,14 @@ def complete(args, model, device):
     args.warmup = min(20, args.steps // 4) if args.warmup is None else args.warmup
     args.out = args.out or Path(f"out/finetune-{args.len}")
     args.mix = [length for entry in args.mix for length in entry]
-    if not 0 < args.lr < 1 or args.dtype == "float16":  # in which gradients vanish
-        raise UserError("--lr must be above 0 and below 1, --dtype bfloat16 or float32")
+    if not 0 < args.lr < 1:
+        raise UserError(f"--lr {args.lr:g}: give a number above 0 and below 1")
+    if args.dtype == "float16":
+        raise UserError("--dtype float16: gradients would vanish in it; take bfloat16 or float32")
     for length in (args.len, *args.mix):
         if length < 4 or args.len % length:
-            raise UserError(f"--mix {length}: --len {args.len} must be a multiple of it, both at least 4")
+            raise UserError(f"--len {args.len}{f' --mix {length}' * (length != args.len)}: give at least 4, and what "
+                            "divides --len")
     if args.context_parallel is None:
         args.context_parallel = world_size() // math.gcd(world_size(), args.batch_size)
     share_sequences(model, args.context_parallel, (args.len, *args.mix))
@@ -401,12 +404,11 @@ def main(argv=None):
     setup |= {"rope": rope_to_dict(model.rope), "data_sha256": source.hexdigest()}
     if rank() == 0:
         setup["weights_sha256"] = describe(model, tokenizer)["weights_sha256"]
-        if list(out.glob("*.safetensors")) and not (out / "log.jsonl").is_file():
-            raise UserError(f"--out {out} has other weights; give another directory")
-    journal = Journal(out / "log.jsonl", setup, recorded(args))
+    makes = ["config.json", "rope.json", *(file.name for file in out.glob("*.safetensors"))]
+    journal = Journal(out / "log.jsonl", setup, recorded(args), makes)
     if journal.rows and "result" in journal.rows[-1]:
         remove_checkpoints(out)
-        return say(f"{out} is whole")
+        return say(f"{out} is whole: this run has come to its end")
     if rank() == 0:
         save_config(model, out, torch.bfloat16)  # trouble with writing shows now
     data = segments_file(read, source.hexdigest(), tokenizer, args.len, bos, eos, out)

@@ -550,13 +550,17 @@ def write_json(path, value):
 class Journal:
     """What a run has found so far, in a .jsonl file, from which the same command goes on where it was stopped. Its
     first line, {"setup": ...}, holds what must agree; {"run": ...} records the rest of each run; others are results, in
-    `rows`. A torn or garbled line is dropped, it alone. Only the first process has the file, and locks it."""
+    `rows`. A torn or garbled line is dropped, it alone. Only the first process has the file, and locks it. A new one is
+    refused beside files that the run `makes` and something else has made."""
 
-    def __init__(self, path, setup, run):
+    def __init__(self, path, setup, run, makes=()):
         self.path, self.run, self.starts, rows = Path(path), run, [], []
         if rank() == 0:
+            there = self.path.parent
+            if foreign := [name for name in makes if not self.path.exists() and (there / name).exists()]:
+                raise UserError(f"{there} has {', '.join(foreign)} of something else; give another --out")
             with reading(path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                there.mkdir(parents=True, exist_ok=True)
                 self.file = open(self.path, "ab")
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -577,13 +581,14 @@ class Journal:
                 if not {"setup", "run"} & entry.keys():
                     rows.append(entry)
                     self.starts.append(at)
-        if before:
-            if differs := [key for key in {**setup, **before} if before.get(key) != setup.get(key)]:
-                raise UserError(f"{self.path} is of a run with another {', '.join(differs)}; give another --out")
+        differs = [key for key in {**setup, **before} if before.get(key) != setup.get(key)] if before else []
+        if rows and differs:
+            raise UserError(f"{self.path} is of a run with another {', '.join(differs)}; give another --out")
+        if before and not differs:
             self.file.write(b"" if lines[-1].endswith(b"\n") else b"\n")
-        elif rows or not b'{"setup": '.startswith(b"".join(lines)[:10]):  # not empty, nor torn in its first line
+        elif not before and (rows or not b'{"setup": '.startswith(b"".join(lines)[:10])):  # not empty, nor torn there
             raise UserError(f"{self.path}: not a journal of this program; give another --out")
-        else:
+        else:  # new, or of a run that had no result
             self.file.truncate(0)
             self.put({"setup": setup})
         return rows
@@ -880,9 +885,9 @@ def read_documents(paths, min_characters=0, books=slice(5)):
             yield " + ".join(names), "".join(texts)
     for path in map(Path, paths):
         kinds = (".txt", ".jsonl", ".jsonl.gz")
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(kinds)) if path.is_dir() else [path]
+        files = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.name.lower().endswith(kinds)]
         if not files:
-            raise UserError(f"data {path}: no .txt or .jsonl file in it")
+            raise UserError(f"data {path}: no .txt or .jsonl(.gz) file")
         for name, text in chain.from_iterable(map(documents_in, files)):
             if "\ufffd" in text:
                 warn(f"{name}: has bytes that are not UTF-8, read as U+FFFD")
@@ -890,12 +895,14 @@ def read_documents(paths, min_characters=0, books=slice(5)):
 
 
 def documents_in(file):
-    opened = gzip.open if file.suffix == ".gz" else open
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
     with reading(f"data {file}"), opened(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
-        if not file.name.endswith((".jsonl", ".jsonl.gz")):
+        if file.name.lower().endswith(".txt"):
             yield file.name, lines.read()
             return
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             with reading(f"{file}, line {number}: not a JSON object with a \"text\" field"):
                 record = json.loads(line)
                 text = "" + record["text"]
@@ -980,7 +987,8 @@ def spread(measure, items, together=1):
 def share_sequences(model, processes, lengths):
     """--context-parallel, for sequences of these lengths. Raises UserError."""
     if world_size() % processes:
-        raise UserError(f"--context-parallel {processes}: torchrun has {world_size()} processes, no multiple")
+        raise UserError(f"--context-parallel {processes}: there are {world_size()} processes, no multiple; start "
+                        "it with torchrun --nproc-per-node")
     if odd := [length for length in lengths if processes > 1 and length % (2 * processes)]:
         raise UserError(f"--context-parallel {processes}: {odd[0]} tokens are no multiple of {2 * processes}")
     model.context = Context(dist.new_subgroups(processes)[0]) if processes > 1 else None

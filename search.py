@@ -415,7 +415,7 @@ def parser():
     add("--len", type=partial(whole, least=2), help="target length (default: 8 windows of the model, with --short one)")
     for key, least, what in (("samples", 1, "documents a candidate is evaluated on, without --data 2"),
                              ("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
-                             ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "of the best that mutate, k"),
+                             ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
         add(f"--{key.replace('_', '-')}", type=partial(whole, least=least), metavar="N", help=f"{what} (default: the "
             f"paper's {PAPER[key]}, {PAPER_ABOVE_512K[key]} above 512k tokens; {ON_CPU[key]} on a CPU)")
@@ -469,8 +469,8 @@ def problem_of(args, model):
         raise UserError(f"--len {args.len}: nothing to extend, the window is {problem.window} already")
     if args.export and (args.n_hat or rope.long.n_hat or rope.short and rope.short.n_hat):
         raise UserError("--export: config.json cannot say n_hat above 0")
-    if args.export and list(args.export.glob("*.safetensors")):
-        raise UserError(f"--export {args.export}: has weights already")
+    if args.export and (args.export.resolve() == args.out.resolve() or list(args.export.glob("*"))):
+        raise UserError(f"--export {args.export}: give a new directory, not --out")
     return problem
 
 
@@ -494,7 +494,7 @@ def main(argv=None):
         "starts": sha256_of([asdict(c) for c in starts])}
     record = {"model": str(args.model), "data": names[:args.samples],
               "data_sha256": setup["data_sha256"], "target_length": args.len, "seed": args.seed} | recorded(args)
-    journal = Journal(args.out / "history.jsonl", setup, record)
+    journal = Journal(args.out / "history.jsonl", setup, record, ["rope.json"])
     say_cost(args, model, documents[0], max(0, args.max_evals - sum("genes" in row for row in journal.rows)))
     evaluate = Evaluator(args, model, problem, documents[:args.samples], journal, record)
     best = search(args, np.random.default_rng(args.seed), starts, space, evaluate)

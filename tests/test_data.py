@@ -21,14 +21,17 @@ def test_a_directory_gives_its_text_and_json_lines_compressed_or_not_in_the_orde
     (tmp_path / "d").mkdir()
     for name, data in {"d/a.txt": b"\xef\xbb\xbfone\r\nline\rmore", "c.jsonl.gz": gzip.compress(lines("two", "three")),
                        "b.jsonl": b"\xef\xbb\xbf" + lines("four"), "e.csv": b"not data", "f.txt": b"caf\xe9",
-                       "g.jsonl": b'{"text": "five", "title": "A book"}\n'}.items():
+                       "g.jsonl": b'{"text": "five", "title": "A book"}\n\n'}.items():
         (tmp_path / name).write_bytes(data)  # two begin with a byte-order mark
     assert list(read_documents([tmp_path])) == [
         ("b.jsonl:1", "four"), ("c.jsonl.gz:1", "two"), ("c.jsonl.gz:2", "three"), ("a.txt", "one\nline\nmore"),
         ("f.txt", "caf\ufffd"), ("A book", "five")]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("f.txt: has bytes that are not UTF-8")
-    assert [text for _, text in read_documents([tmp_path / "e.csv", tmp_path / "d"])] == ["not data", "one\nline\nmore"]
+    (tmp_path / "d" / "B.TXT").write_text("six")
+    assert [text for _, text in read_documents([tmp_path / "f.txt", tmp_path / "d"])][1:] == ["six", "one\nline\nmore"]
+    with pytest.raises(UserError, match=r"e\.csv: no \.txt or \.jsonl"):
+        list(read_documents([tmp_path / "e.csv"]))
 
 
 def test_ten_books_are_bundled_and_joined_where_it_takes_several():
@@ -52,7 +55,7 @@ def test_what_cannot_be_used_is_the_users_mistake_in_one_line(tmp_path, capsys, 
     for line in (b'{"txt": 1}', b"{", b"3", b'{"text": 1}', b'["text"]', b"[" * 100_000):
         assert f"{tmp_path / 'b.jsonl'}, line 2: " in said("b.jsonl", lines("one") + line + b"\n")
     (tmp_path / "empty").mkdir()
-    assert "no .txt or .jsonl file in it" in said("empty")
+    assert "no .txt or .jsonl(.gz) file" in said("empty")
     assert "no document of 64 tokens: the longest of 1 has" in said("c.txt", b"few")
     assert "nowhere" in said("nowhere")
 

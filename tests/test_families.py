@@ -243,7 +243,7 @@ def test_an_export_copies_the_weights_and_says_what_the_config_cannot(tmp_path, 
     assert_same_logits(load_model(out, "config", device="cpu"), transformers_model(out), WINDOW, WINDOW + 1, 4 * WINDOW)
 
     write_json(tmp_path / "rope.json", rope_to_dict(make_rope((1.5,) * PAIRS, 2.0, n_hat=4)))
-    for more, line in (((), "export: has weights already"), (("--export", phi3), "has weights already"),
+    for more, line in (((), "export: give a new directory"), (("--export", phi3), "give a new directory"),
                        (("--export", tmp_path / "e", "--n-hat", "search"), "n_hat"),
                        (("--export", tmp_path / "e", "--n-hat", "8"), "n_hat"),
                        (("--export", tmp_path / "e", "--init", tmp_path / "rope.json"), "n_hat")):

@@ -406,16 +406,17 @@ def test_neither_a_whole_run_nor_weights_of_something_else_are_written_over(
     finetune.main(command(finetuned))
     assert "is whole" in capsys.readouterr().out and contents(finetuned) == before
     for model in (tiny, own):
-        assert "give another directory" in complaint(finetune.main, capsys, *command(own, "--model", model))
+        said = complaint(finetune.main, capsys, *command(own, "--model", model))
+        assert "of something else; give another --out" in said
     assert contents(own) == contents(tiny)
 
 
 @pytest.mark.parametrize("changes, said", [
     (["--model", "nowhere"], "nowhere"), (["--data", "nowhere.txt"], "nowhere.txt"),
-    (["--rope", "nowhere.json"], "nowhere.json"), (["--lr", "0"], "--lr must be"),
-    (["--dtype", "float16"], "bfloat16 or float32"), (["--mix", "1"], "--mix 1: "),
+    (["--rope", "nowhere.json"], "nowhere.json"), (["--lr", "0"], "--lr 0: "),
+    (["--dtype", "float16"], "bfloat16 or float32"), (["--mix", "1"], "--mix 1: give at least 4"),
     (["--len", "6400", "--rope", "none"], "too few for a segment of 6400"),
-    (["--mix", "64", "100"], f"--mix 100: --len {LENGTH} must be a multiple of it"),
+    (["--mix", "64", "100"], f"--len {LENGTH} --mix 100: "),
     (["--rope", "yarn"], f"--mix {WINDOW} is within the model's window of {WINDOW} tokens, but"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, changes, said):

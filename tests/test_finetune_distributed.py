@@ -122,7 +122,7 @@ def test_as_few_processes_as_can_share_a_sequence(tiny_model, monkeypatch, count
 
 @pytest.mark.parametrize("more, said", [
     (("--batch-size", 3, "--context-parallel", 1), "cannot share --batch-size 3 evenly"),
-    (("--context-parallel", 3), "--context-parallel 3: torchrun has 2 processes"),
+    (("--context-parallel", 3), "--context-parallel 3: there are 2 processes"),
     (("--context-parallel", 2, "--len", 126, "--mix", 126), "126 tokens are no multiple of 4"),
     (("--context-parallel", 2, "--len", 120, "--mix", 30), "30 tokens are no multiple of 4")])
 def test_what_the_processes_cannot_share_is_the_users_mistake(command, tmp_path, monkeypatch, more, said):

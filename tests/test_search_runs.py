@@ -167,7 +167,10 @@ def test_what_is_exported_computes_the_same_in_transformers(undisturbed, tiny, b
     hf, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval(), random_tokens(LENGTH)
     model = load_model(tiny, undisturbed.out / "rope.json", device="cpu")
     torch.testing.assert_close(hf_logits(hf, tokens), model(tokens), atol=1e-4, rtol=0)
-    assert "has weights already" in complaint(search.main, capsys, *again)
+    assert "give a new directory" in complaint(search.main, capsys, *again)
+    (tmp_path / "out" / "history.jsonl").unlink()  # a rope.json of something else stays
+    said = complaint(search.main, capsys, *command(tiny, books, tmp_path / "out"))
+    assert "has rope.json of something else; give another --out" in said and (tmp_path / "out" / "rope.json").exists()
 
 
 def test_the_bundled_model_is_searched_for_128_times_its_window(tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ PAPER = {"samples": 5, "population_size": 64, "num_mutations": 16, "num_crossove
          "iterations": 40}
 PAPER_ABOVE_512K = PAPER | {"samples": 3, "population_size": 32, "num_mutations": 8, "num_crossovers": 8}
 ON_CPU = {"samples": 2, "population_size": 16, "num_mutations": 5, "num_crossovers": 3, "num_parents": 6,
-          "iterations": 5}
+          "iterations": 2}
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # table 4 of the paper
 MUTATION_PROB = 0.3  # p, of a gene
 

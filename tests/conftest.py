@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import finetune
 import longrope
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & have it ignored
 # Processes are forked off one that has imported this and no more: quick, and clean of what pytest's own has running.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["conftest", "finetune", "torch._dynamo", "matplotlib.pyplot"])

@@ -167,7 +167,7 @@ def test_gradients_of_a_sequence_over_several_processes_are_those_of_one(tiny, i
     logits = model(TOKENS)[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, TOKENS[:, 1:].flatten(), reduction="sum")
     loss.backward()
-    found = torch.load(tmp_path / "gradients")
+    found = torch.load(tmp_path / "gradients", weights_only=True)
     assert_close(found.pop("loss"), loss.detach(), rtol=1e-6, atol=0)
     for name, p in model.named_parameters():
         assert_close(found[name], p.grad, rtol=1e-5, atol=1e-5 * p.grad.abs().max().item(), msg=name)
@@ -193,7 +193,7 @@ def look_into_bfloat16(arguments, out):
 
 def test_bfloat16_computes_on_float32_masters_gradients_and_tables(command, tmp_path, alone):
     spawn(2, look_into_bfloat16, command(tmp_path, "--dtype", "bfloat16"), tmp_path / "seen")
-    assert torch.load(tmp_path / "seen") == {
+    assert torch.load(tmp_path / "seen", weights_only=True) == {
         "x": torch.bfloat16, "weight": torch.bfloat16, "cos": torch.float32,
         "master": {torch.float32}, "gradient": {torch.float32}}
     loss = column(tmp_path, "loss")

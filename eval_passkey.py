@@ -7,7 +7,6 @@ Teacher-forced, the default, takes one forward pass: a hit if every token of the
 as when greedy decoding begins with them. --generate is the paper's: greedy decoding, the first number in the answer
 counts. In --out: passkey.jsonl (the same command goes on, also with more) and passkey.png, a heat map for each rope.
 """
-import argparse
 import random
 import re
 import time
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from longrope import (ROPES, Journal, UserError, add_arguments, begin, describe, generate, load_tokenizer, natural,
-                      over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of, share_sequences,
-                      spread, warm_up, world_size)
+from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, in_vocabulary, load_tokenizer,
+                      natural, over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of,
+                      share_sequences, spread, warm_up, world_size)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -109,12 +108,11 @@ def plot(trials, scoring, path):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(p, data=False)
+    p = Parser(__doc__, data=False)
     p.add_argument("--rope", nargs="+", help=ROPES)
     p.add_argument("--len", type=natural, nargs="+", help="tokens of prompt and key (default: 8 times the window)")
-    p.add_argument("--depths", type=natural, default=10, help="places of the key, from start to end (default: 10)")
-    p.add_argument("--trials", type=natural, default=1, help="keys for each length and depth (default: 1)")
+    p.add_argument("--depths", type=few, default=10, help="places of the key, from start to end (default: 10)")
+    p.add_argument("--trials", type=few, default=1, help="keys for each length and depth (default: 1)")
     p.add_argument("--generate", action="store_true", help="the paper's scoring (default: teacher-forced)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/passkey-LEN, LEN the longest)")
     return p
@@ -129,7 +127,8 @@ def main(argv=None):
     share_sequences(model, args.context_parallel, lengths)
     ropes = resolve_ropes(args.rope, lengths, model)
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
-    make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])  # too short a --len shows now
+    first, _ = make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])  # too short a --len shows now
+    in_vocabulary(model, torch.tensor(first))
     if args.generate and model.context:
         raise UserError("--generate goes without --context-parallel")
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"

@@ -6,7 +6,6 @@
 In --out: ppl.jsonl, a row for each rope and length (the same command goes on where it was stopped, also with more of
 them); ppl.png, perplexity over length; ppl_position.png, over the position in the window.
 """
-import argparse
 import random
 import time
 from itertools import islice
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longrope import (ROPES, Journal, UserError, add_arguments, begin, data_hash, describe, forward_flops,
-                      load_tokenizer, natural, perplexity, rank, read_documents, recorded, resolve_ropes, rope_to_dict,
-                      run, say, sha256_of, share_sequences, spread, utilisation, warm_up, whole, window_nll, windows)
+from longrope import (ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops, in_vocabulary,
+                      load_tokenizer, natural, once, perplexity, rank, read_documents, recorded, resolve_ropes,
+                      rope_to_dict, run, say, sha256_of, share_sequences, spread, utilisation, warm_up, whole,
+                      window_nll, windows)
 
 BINS = 16  # of the window, for perplexity by position
 
@@ -84,8 +84,8 @@ def read_windows(args, lengths, model):
     if args.windows:  # of whole documents
         bos = model.config.hf.get("bos_token_id")
         bos = bos[0] if isinstance(bos, list) else bos
-        texts = (torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids) for _, text in documents)
-        texts = [*islice((tokens for tokens in texts if len(tokens) >= lengths[-1]), args.samples)]
+        texts = ((name, torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)) for name, text in documents)
+        texts = [*islice((tokens for _, tokens in once(texts) if len(tokens) >= lengths[-1]), args.samples)]
         if not texts:
             raise UserError(f"no document of {lengths[-1]} tokens; give longer --data or a shorter --len")
     else:
@@ -96,7 +96,7 @@ def read_windows(args, lengths, model):
             scored = [(window, 1) for text in texts for window in anywhere(text, n, args.windows, args.seed, bos)]
         else:
             scored = [(text[at:at + n], first) for text in texts for at, first in spans(total, n, stride)]
-        sha256 = data_hash(t for window, first in scored for t in (window, torch.tensor([first])))
+        sha256 = data_hash(t for w, first in scored for t in (in_vocabulary(model, w), torch.tensor([first])))
         found[n] = {"documents": len(texts), "windows": len(scored), "stride": stride, "data_sha256": sha256}, scored
     return found
 
@@ -129,8 +129,7 @@ def plot(rows, path):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(p)
+    p = Parser(__doc__)
     p.add_argument("--rope", nargs="+", help=ROPES)
     p.add_argument("--len", type=natural, nargs="+", help="tokens in a window (default: 8 times the model's)")
     p.add_argument("--samples", type=natural, default=10, help="documents (default: 10)")
@@ -138,7 +137,7 @@ def parser():
                    help="tokens a window moves by, 256 in the paper (default: 0, one window a document)")
     p.add_argument("--doc-tokens", type=natural, help="read of each document, in windows one after another or "
                    "--stride apart (default: the longest --len; with --stride 10 strides more)")
-    p.add_argument("--windows", type=natural, metavar="N",
+    p.add_argument("--windows", type=few, metavar="N",
                    help="N windows from anywhere in each document, BOS first, in place of its first tokens")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")
     return p

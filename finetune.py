@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tqdm import tqdm
 
 import longrope
-from longrope import (BUNDLED_MODEL, Journal, UserError, add_arguments, barrier, describe, forward_flops,
+from longrope import (BUNDLED_MODEL, Journal, Parser, UserError, barrier, describe, forward_flops, in_vocabulary,
                       join_processes, load_model, load_tokenizer, natural, rank, read_documents, recorded,
                       resolve_rope, rope_to_dict, run, save_config, save_weights, say, share_sequences, spread,
                       token_nll, utilisation, whole, whole_file, world_size)
@@ -305,8 +305,7 @@ def mixed(entry):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(p)
+    p = Parser(__doc__)
     p.set_defaults(context_parallel=None)
     p.add_argument("--rope", help="rope.json, none, pi, ntk, yarn, yarn:16 to fix s (default: the model's own; for the "
                    "bundled one out/search-LEN/rope.json or assets/rope.json)")
@@ -411,7 +410,7 @@ def main(argv=None):
         return say(f"{out} is whole: this run has come to its end")
     if rank() == 0:
         save_config(model, out, torch.bfloat16)  # trouble with writing shows now
-    data = segments_file(read, source.hexdigest(), tokenizer, args.len, bos, eos, out)
+    data = in_vocabulary(model, segments_file(read, source.hexdigest(), tokenizer, args.len, bos, eos, out))
     say(f"{len(data)} segments")
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     begun = time.perf_counter()

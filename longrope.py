@@ -21,12 +21,13 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from textwrap import shorten
 
@@ -80,14 +81,16 @@ def ntk(pairs, rope_theta, window, scale):
     return Factors(tuple((scale ** (2 * np.arange(pairs) / (2 * pairs - 2))).tolist()))
 
 
-def yarn(pairs, rope_theta, window, scale, beta_fast=32, beta_slow=1):
+def yarn(pairs, rope_theta, window, scale, beta_fast=32, beta_slow=1, truncate=True):
     """YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times within the window stay as they are, those
-    that turn less than beta_slow times are interpolated, between lies a linear ramp."""
+    that turn less than beta_slow times are interpolated, between lies a linear ramp, as a rule of whole pairs."""
     def pair_turning(times):  # the (fractional) pair that makes `times` full turns within the window
         return 2 * pairs * math.log(window / (times * 2 * math.pi)) / (2 * math.log(rope_theta))
-    low = max(math.floor(pair_turning(beta_fast)), 0)
-    high = min(math.ceil(pair_turning(beta_slow)), 2 * pairs - 1)  # D - 1, as in YaRN's own code
-    ramp = np.clip((np.arange(pairs) - low) / max(high - low, 0.001), 0, 1)  # 0 keep ... 1 interpolate
+    low, high = pair_turning(beta_fast), pair_turning(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)  # D - 1, as in YaRN's own code
+    ramp = np.clip((np.arange(pairs) - low) / (high - low or 0.001), 0, 1)  # 0 keep ... 1 interpolate
     return Factors(tuple((1 / ((1 - ramp) + ramp / scale)).tolist()), attention_factor=yarn_factor(scale))
 
 
@@ -99,9 +102,9 @@ def su_factor(scale, window):
     return math.sqrt(1 + math.log(scale) / math.log(window)) if scale > 1 else 1.0
 
 
-def yarn_factor(scale):
+def yarn_factor(scale, mscale=1):
     """0.1 ln s + 1, YaRN's attention factor."""
-    return 0.1 * math.log(scale) + 1 if scale > 1 else 1.0
+    return 0.1 * mscale * math.log(scale) + 1 if scale > 1 else 1.0
 
 
 def inv_freq_of(rescale_factors, rope_theta):
@@ -121,6 +124,9 @@ class Rope:
     scale: float = 1.0                       # s = L'/L0
     short: Factors | None = None             # None: the long set serves all lengths
     short_max_length: int = 0
+
+    def __post_init__(self):
+        check(self)  # that its numbers can be used (below, Ropes in files)
 
     @property
     def target_length(self):
@@ -143,10 +149,12 @@ class Rope:
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (i, i + D/2) of x (B, T, heads, D) by its angle, in float32. cos, sin (T, D/2)."""
-    a, b = x.float().chunk(2, dim=-1)
+    """Turn each pair (i, i + D/2) of x (B, T, heads, D) by its angle, in float32. cos, sin (T, D/2); if they are for
+    fewer pairs, as in Phi-4-mini, only the first coordinates of a head are joined in pairs and turn."""
+    turning = 2 * cos.shape[-1]
+    a, b = x[..., :turning].float().chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]  # the same for every head
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., turning:].float()), dim=-1).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,6 +238,7 @@ class LlamaConfig:
     tie_word_embeddings: bool
     rope: Rope                    # what config.json says of it
     biased: tuple                 # the projections with a bias
+    qk_norm: bool                 # an RMSNorm on each head's queries and keys, as in Qwen3
     fused: dict                   # projection: the name of the matrix that holds it, and others, in the checkpoint
     hf: dict                      # config.json as it was read, so that saving keeps what we do not use
 
@@ -243,6 +252,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias="k_proj" in config.biased)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias="v_proj" in config.biased)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias="o_proj" in config.biased)
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                                    for _ in range(2))
 
     def qkv(self, x, cos, sin, heads=None):
         """(B, T, C) -> queries (B, T, H, D) and keys (B, T, K, D), turned, and values (B, T, K, D); with a slice
@@ -251,7 +262,7 @@ class Attention(nn.Module):
             return p if p is None or not heads else p.unflatten(0, (self.kv_heads, -1))[heads].flatten(0, 1)
         q, k, v = (F.linear(x, rows(proj.weight), rows(proj.bias)).unflatten(-1, (-1, self.head_dim))
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
 
 class MLP(nn.Module):
@@ -364,7 +375,7 @@ def generate(model, tokens, count, total_length=None, stop=()):
     total, new = len(tokens) + count, []
     if model.context or len(head_groups(model.config, len(tokens))) > 1:
         raise UserError("generating keeps all keys and heads in one process: give fewer tokens, no --context-parallel")
-    tokens = tokens.to(model.unembedding.device)
+    tokens = in_vocabulary(model, tokens).to(model.unembedding.device)
     cos, sin = model.rope.table(total, tokens.device, total_length)
     caches = [Cache(total, model.config, model.unembedding) for _ in model.model.layers]
     while len(new) < count:
@@ -396,7 +407,7 @@ def token_nll(hidden, unembedding, targets, chunk=4096):
 def over_window(model, tokens, first=1, measure=token_nll):
     """measure(hidden, unembedding, targets) of tokens first .. T-1 of one window, each given all before it. tokens (T,)
     -> (T-first,) float64 on the CPU, the same on all processes of a context."""
-    tokens = tokens.to(model.unembedding.device)
+    tokens = in_vocabulary(model, tokens).to(model.unembedding.device)
     hidden, place = model.hidden(tokens[None])[0], torch.arange(len(tokens), device=tokens.device)
     if model.context:
         place = model.context.mine(place, 0)
@@ -517,6 +528,8 @@ flash_attn_4.register_autograd(
 def reading(path):
     """Around the parsing of what a user gave, and nothing else: any mistake becomes a UserError naming it."""
     try:
+        if isinstance(path, Path) and path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError("a pipe or a device, not a file")  # opening it would wait
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
@@ -635,29 +648,56 @@ def rope_from_dict(d, trained=None):
     d = {"rope_type": "longrope", "factor": 1} | stated(d)
     if d["rope_type"] != "longrope":
         raise ValueError("not of rope_type longrope")
-    window, theta, scale = int(d["original_max_position_embeddings"]), float(d["rope_theta"]), float(d["factor"])
-    pairs = len(trained.rescale_factors if trained else d["long_factor"])
+    window, theta, scale = integer(d["original_max_position_embeddings"]), float(d["rope_theta"]), float(d["factor"])
 
     def factors(name, attention_factor):
-        found = Factors(tuple(map(float, d[f"{name}_factor"])), int(d.get(f"{name}_n_hat", 0)), float(attention_factor))
-        count, numbers = len(found.rescale_factors), (found.attention_factor, theta, scale, window)
-        if count != pairs or not all(0 < x < math.inf for x in found.rescale_factors + numbers) or found.n_hat < 0:
-            raise ValueError(f"{name}_factor has {count} factors, needs {pairs}, finite and above 0; n_hat 0 or more")
-        return found
+        if not isinstance(lambdas := d[f"{name}_factor"], list):
+            raise ValueError(f"{name}_factor is not a list")
+        return Factors(tuple(number(x) for x in lambdas), integer(d.get(f"{name}_n_hat", 0)), number(attention_factor))
     factor = d["attention_factor"] if "attention_factor" in d else su_factor(scale, window)
     long, short = factors("long", factor), factors("short", d.get("short_attention_factor", factor))
-    trained = factors("trained", 1.0) if "trained_factor" in d else trained or plain(pairs)
-    short = {} if short == long else {"short": short, "short_max_length": int(d.get("short_max_length", window))}
+    trained = factors("trained", 1.0) if "trained_factor" in d else trained or plain(len(long.rescale_factors))
+    short = {} if short == long else {"short": short, "short_max_length": integer(d.get("short_max_length", window))}
     return Rope(theta, window, trained, long, scale, **short)
 
 
-def stated(d):
-    return {k: v for k, v in d.items() if v is not None}  # null is as good as nothing
+def number(x):
+    if type(x) not in (int, float):
+        raise ValueError(f"{x!r} is not a number")
+    return float(x)
+
+
+def integer(x):
+    if not number(x).is_integer():
+        raise ValueError(f"{x} is not a whole number")
+    return int(x)
+
+
+def check(rope):
+    """Raises ValueError where numbers of a Rope cannot be meant."""
+    pairs, window = len(rope.trained.rescale_factors), rope.original_max_position_embeddings
+    for name, f in (("trained", rope.trained), ("long", rope.long), ("short", rope.short or rope.long)):
+        if len(f.rescale_factors) != pairs:
+            raise ValueError(f"{name}_factor has {len(f.rescale_factors)} factors, needs {pairs}")
+        if not all(0.99 < x < 1e6 for x in f.rescale_factors):  # published ones begin at 0.9978
+            raise ValueError(f"{name}_factor: factors must be from 1 to a million")
+        if not (0 <= f.n_hat < 2**40 and 0.01 < f.attention_factor < 100):
+            raise ValueError(f"{name}: n_hat must be 0 or more, the attention factor between 0.01 and 100")
+    if not (0 < window < 2**40 and 1 < rope.rope_theta < 1e15 and 0 < rope.scale < 1e6 and rope.short_max_length >= 0):
+        raise ValueError("lengths and factor must be above 0, rope_theta above 1, all finite")
+
+
+def stated(d):  # null is as good as nothing, but YaRN's truncate, which transformers then takes for false
+    return {k: v for k, v in d.items() if v is not None or k == "truncate"}
 
 
 def load_rope(path, trained=None):
     with reading(path):
-        return rope_from_dict(read_json(path), trained)
+        rope = rope_from_dict(read_json(path), trained)
+    for factors in {rope.long, rope.short or rope.long}:
+        if factors.rescale_factors != tuple(sorted(factors.rescale_factors)):
+            warn(f"{path}: its factors are in no order, unlike the paper's")
+    return rope
 
 
 def sha256_of(value):
@@ -679,8 +719,8 @@ def resolve_rope(rope, model, length=None):
         scale = float(fixed or max(1, (length or model.window) / model.window))
         if not 1 <= scale < math.inf:
             raise ValueError("the number behind the colon is s, the extension, from 1 up")
-    long = FORMULAS[name](len(config.long.rescale_factors), config.rope_theta, model.window, scale)
-    return replace(config, long=long.on(config.trained), scale=scale, short=None, short_max_length=0)
+        long = FORMULAS[name](len(config.long.rescale_factors), config.rope_theta, model.window, scale)
+        return replace(config, long=long.on(config.trained), scale=scale, short=None, short_max_length=0)
 
 
 def fitting(rope, config):
@@ -690,7 +730,7 @@ def fitting(rope, config):
                         "model's directory is for --model")
     found = rope if isinstance(rope, Rope) else load_rope(rope, config.trained)
     with reading("rope" if found is rope else rope):
-        rope_from_dict(rope_to_dict(found), config.trained)  # which counts the factors
+        replace(found, trained=config.trained)  # which counts the factors
         for key in ("rope_theta", "original_max_position_embeddings"):
             if not math.isclose(ours := getattr(found, key), theirs := getattr(config, key)):
                 raise ValueError(f"its {key} is {ours:g}, this model's is {theirs:g}")
@@ -708,11 +748,14 @@ def resolve_ropes(names, lengths, model):
 # Checkpoints: Hugging Face directories (config.json, *.safetensors, tokenizer.json), with rope.json beside.
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-FAMILIES = {  # which projections have a bias, which are one matrix in the checkpoint
-    "LlamaForCausalLM": ((), {}),
-    "MistralForCausalLM": ((), {}),
-    "Qwen2ForCausalLM": (QKV, {}),
-    "Phi3ForCausalLM": ((), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj")),
+QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
+FAMILIES = {  # projections with a bias, those that are one matrix in the checkpoint, what a silent config.json means
+    "LlamaForCausalLM": ((), {}, {}),
+    "MistralForCausalLM": ((), {}, {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "Qwen2ForCausalLM": (QKV, {}, QWEN),
+    "Qwen3ForCausalLM": ((), {}, QWEN | {"head_dim": 128}),
+    "Phi3ForCausalLM": ((), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj"),
+                        {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}),  # Phi-4-mini, too
 }
 BESIDE = ("tokenizer*", "*_tokens*.json", "*.jinja", "vocab.json", "merges.txt", "generation_config.json")
 
@@ -721,33 +764,57 @@ def read_config(d):
     """LlamaConfig of a config.json of transformers 5 or 4. Raises what `reading` tells in words."""
     if (family := d["architectures"][0]) not in FAMILIES:
         raise ValueError(f"{family} is not supported; supported: {', '.join(FAMILIES)}")
-    heads, (biased, fused) = d["num_attention_heads"], FAMILIES[family]
-    said = {"num_key_value_heads": heads, "head_dim": d["hidden_size"] // heads, "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False, "hidden_act": "silu"} | stated(d)
+    biased, fused, silent = FAMILIES[family]
+    said = {"num_key_value_heads": d["num_attention_heads"], "head_dim": None, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False, "hidden_act": "silu"} | silent | stated(d)
     if said["hidden_act"] != "silu":
         raise ValueError(f"hidden_act {said['hidden_act']} is not supported, only SwiGLU's silu")
+    names = [field.name for field in fields(LlamaConfig)[:9]]  # up to `rope`
+    for name in names[:6]:
+        if type(said[name]) is not int or not 0 < said[name] <= (999 if name == "num_hidden_layers" else 2**24):
+            raise ValueError(f"{name} {said[name]!r} is not a size")
+    said["head_dim"] = head_dim = said["head_dim"] or said["hidden_size"] // said["num_attention_heads"]
+    turning = int(head_dim * (part := said_of_rope(d)["partial_rotary_factor"]))  # dimensions of a head
+    if not 0 < turning <= head_dim or turning % 2 or said["num_attention_heads"] % said["num_key_value_heads"]:
+        raise ValueError(f"heads of {head_dim} dimensions, {turning} of them turning, {said['num_key_value_heads']} "
+                         f"key heads for {said['num_attention_heads']}: that cannot be")
+    if part != 1 and family != "Phi3ForCausalLM":
+        raise ValueError(f"a partial_rotary_factor, {part}, is supported in Phi3ForCausalLM alone")
+    if not 0 < number(said["rms_norm_eps"]) < 1:
+        raise ValueError(f"rms_norm_eps {said['rms_norm_eps']} is not between 0 and 1")
     biased += (*QKV, "o_proj") * bool(d.get("attention_bias")) + (*GATE_UP, "down_proj") * bool(d.get("mlp_bias"))
-    sliding = d.get("sliding_window", 4096 if family == "MistralForCausalLM" else None)  # transformers' defaults
-    if sliding and d.get("use_sliding_window", family != "Qwen2ForCausalLM"):
+    if (sliding := (silent | d).get("sliding_window")) and said.get("use_sliding_window", True):
         warn(f"its own attention slides over the last {sliding} tokens; here every token attends to all before it")
-    numbers = (said[field.name] for field in fields(LlamaConfig)[:9])  # up to `rope`
-    return LlamaConfig(*numbers, rope_of_config(d, said["head_dim"] // 2), biased, fused, hf=d)
+    rope = rope_of_config(d, turning // 2)
+    return LlamaConfig(*(said[name] for name in names), rope, biased, family == "Qwen3ForCausalLM", fused, hf=d)
+
+
+def said_of_rope(d):
+    """All that a config.json says of its rope; transformers prefers rope_scaling to rope_parameters, takes one whole,
+    and prefers the original window that is said beside them (Phi-3)."""
+    top = {"rope_theta": 10000.0, "partial_rotary_factor": 1} | FAMILIES[d["architectures"][0]][2] | stated(d)
+    window = {k: v for k, v in top.items() if k == "original_max_position_embeddings"}
+    return top | stated(d.get("rope_scaling") or d.get("rope_parameters") or {}) | window
 
 
 def rope_of_config(d, pairs):
     """The Rope that a config.json describes: what transformers does, where a Rope can say it exactly."""
-    window, top = d["max_position_embeddings"], stated(d)
-    given = {"rope_theta": 10000.0, "original_max_position_embeddings": window, "partial_rotary_factor": 1} | top
-    given |= stated(d.get("rope_scaling") or d.get("rope_parameters") or {})
-    given |= {k: v for k, v in top.items() if k == "original_max_position_embeddings"}  # Phi3 has it there
-    theta, before = float(given["rope_theta"]), given["original_max_position_embeddings"]
+    given, window = said_of_rope(d), integer(d["max_position_embeddings"])
+    theta, before = number(given["rope_theta"]), integer(given.get("original_max_position_embeddings", window))
+    given = {"factor": window / before} | given
     kind = "longrope" if "long_factor" in given else given.get("rope_type", given.get("type", "default"))
-    match "partial rotary" if given["partial_rotary_factor"] != 1 else kind:
+    match kind:
         case "longrope":  # older Phi-3 calls it "su"
-            return rope_from_dict({"factor": window / before} | given | {"rope_type": kind}, plain(pairs))
-        case "yarn" if not {"mscale", "mscale_all_dim", "truncate", "attention_factor"} & given.keys():
-            scale, betas = float(given["factor"]), (given.get("beta_fast", 32), given.get("beta_slow", 1))
-            return Rope(theta, before, plain(pairs), yarn(pairs, theta, before, scale, *betas), scale)
+            return rope_from_dict(given | {"rope_type": kind, "original_max_position_embeddings": before}, plain(pairs))
+        case "yarn":
+            scale, ramp = number(given["factor"]), (given.get("beta_fast") or 32, given.get("beta_slow") or 1)
+            long = yarn(pairs, theta, before, scale, *ramp, given.get("truncate", True))
+            if given.get("mscale") and given.get("mscale_all_dim"):  # DeepSeek's
+                top, bottom = (yarn_factor(scale, given[key]) for key in ("mscale", "mscale_all_dim"))
+                long = replace(long, attention_factor=top / bottom)
+            if "attention_factor" in given:
+                long = replace(long, attention_factor=number(given["attention_factor"]))
+            return Rope(theta, before, plain(pairs), long, scale)
         case "default":
             trained = plain(pairs)
         case "linear":
@@ -757,7 +824,7 @@ def rope_of_config(d, pairs):
             keep = np.clip((before / (2 * math.pi) * inv_freq_of(np.ones(pairs), theta) - low) / (high - low), 0, 1)
             trained = Factors(tuple((1 / (keep + (1 - keep) / given["factor"])).tolist()))
         case other:
-            raise ValueError(f"rope type {other!r} is not supported, but default, linear, llama3, plain yarn, longrope")
+            raise ValueError(f"rope type {other!r} is not supported, but default, linear, llama3, yarn and longrope")
     return Rope(theta, window, trained, trained)
 
 
@@ -781,23 +848,33 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
         warn(f"{path}: no rope.json says what it was trained with; taken to be plain RoPE")
     with torch.device("meta"):
         model = Llama(config)
-    files, index = ["model.safetensors"], path / "model.safetensors.index.json"
-    if index.exists():
-        with reading(index):
-            files = sorted(set(read_json(index)["weight_map"].values()))
     state, parts = {}, stored_names(model)
-    unused = ("rotary_emb.inv_freq", *("lm_head.weight",) * config.tie_word_embeddings)  # of old Llamas; kept twice
-    for file in files if device.type != "meta" else ():
+    for file in weight_files(path)[0] if device.type != "meta" else ():
         with reading(path / file):
             for name, tensor in load_file(path / file).items():
-                ours = parts.get(name, [name] if not name.endswith(unused) else [])  # several in a fused matrix
+                ours = parts.get(name, [name] * (not name.endswith("rotary_emb.inv_freq")))  # of old Llamas
                 rows = [model.get_parameter(n).shape[0] for n in ours] if len(ours) > 1 else len(tensor)
                 state |= zip(ours, tensor.to(device, dtype).split(rows))
+    head = state.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     with reading(path):  # missing, unexpected or wrongly shaped tensors
         model.load_state_dict(state, strict=device.type != "meta", assign=True)
+        if head is not None and not torch.equal(head, model.unembedding):
+            raise ValueError("its lm_head is not the embedding, though config.json says tie_word_embeddings")
     model.path = path
     model.rope = resolve_rope(rope, model, length)
     return model.requires_grad_(False).eval()
+
+
+def weight_files(path):
+    """([names of the files with weights], [name of their index, if they have one])."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():  # in this order, as transformers does
+        return ["model.safetensors"], []
+    with reading(index):
+        files = sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [file for file in files if Path(file).name != file]:
+            raise ValueError(f"{outside[0]} is not in its directory")
+    return files, [index.name]
 
 
 def model_directory(path):
@@ -831,8 +908,10 @@ def save_weights(model, path, state, dtype=torch.bfloat16):
     state = {name: torch.cat([state[part].detach().to("cpu", dtype) for part in parts])
              for name, parts in stored_names(model).items()}
     with whole_file(Path(path) / "model.safetensors") as part:
+        part.touch()
+        mode = part.stat().st_mode  # of any new file; save_file's are readable by their owner alone
         save_file(state, part, metadata={"format": "pt"})
-        part.chmod(0o644)  # it makes them readable by their owner alone
+        part.chmod(mode)
 
 
 def save_config(model, path, dtype=None):
@@ -854,11 +933,26 @@ def save_config(model, path, dtype=None):
         if rope.long == plain(len(rope.long.rescale_factors)) and not rope.short:
             config |= {"rope_scaling": None, "max_position_embeddings": window,
                        "rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta}}
+        if (part := said_of_rope(model.config.hf)["partial_rotary_factor"]) != 1:
+            config["partial_rotary_factor"] = config["rope_parameters"]["partial_rotary_factor"] = part
     write_json(path / "config.json", config)
     write_json(path / "rope.json", d)
     for file in chain.from_iterable(map(model.path.glob, BESIDE)) if model.path not in (None, path) else ():
-        with whole_file(path / file.name) as part:
-            part.write_bytes(file.read_bytes())
+        if file.resolve().parent in (model.path.resolve(), model.path.resolve().parent.parent / "blobs"):
+            copy(file, path)
+        else:
+            warn(f"{file}: a link out of its directory, not copied")  # someone else's could lead to a secret
+
+
+def copy(file, directory):
+    with whole_file(directory / file.name) as part:
+        shutil.copyfile(file, part)
+
+
+def copy_weights(model, path):
+    files, index = weight_files(model.path)
+    for name in files + index:
+        copy(model.path / name, path)
 
 
 def load_tokenizer(path=BUNDLED_MODEL):
@@ -884,45 +978,63 @@ def read_documents(paths, min_characters=0, books=slice(5)):
             names, texts = zip(*found[i:i + together])
             yield " + ".join(names), "".join(texts)
     for path in map(Path, paths):
-        kinds = (".txt", ".jsonl", ".jsonl.gz")
-        files = [p for p in (sorted(path.rglob("*")) if path.is_dir() else [path]) if p.name.lower().endswith(kinds)]
+        found = [*files_in(path)]
+        files = [file for file in found if file.name.lower().endswith((".txt", ".jsonl", ".jsonl.gz"))]
         if not files:
             raise UserError(f"data {path}: no .txt or .jsonl(.gz) file")
+        if len(files) < len(found):
+            others = ", ".join(file.name for file in found if file not in files)
+            warn(f"data {path}: {len(found) - len(files)} files of other kinds are not read: {shorten(others, 200)}")
         for name, text in chain.from_iterable(map(documents_in, files)):
             if "\ufffd" in text:
                 warn(f"{name}: has bytes that are not UTF-8, read as U+FFFD")
             yield name, text
 
 
+def files_in(path, above=()):
+    """The files of a directory, in the order of their names, or the file itself. Hidden ones never, and of linked
+    directories none within itself."""
+    if path.is_dir() and path.resolve() not in above:
+        for inner in sorted(path.iterdir()):
+            if not inner.name.startswith("."):
+                yield from files_in(inner, (*above, path.resolve()))
+    elif path.is_file():
+        yield path
+
+
 def documents_in(file):
     opened = gzip.open if file.suffix.lower() == ".gz" else open
     with reading(f"data {file}"), opened(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
         if file.name.lower().endswith(".txt"):
-            yield file.name, lines.read()
+            text = lines.read()
+            if "\0" in text:
+                raise ValueError("has NUL characters: not a text in UTF-8")
+            yield file.name, text
             return
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             with reading(f"{file}, line {number}: not a JSON object with a \"text\" field"):
                 record = json.loads(line)
-                text = "" + record["text"]
+                text = ("" + record["text"]).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield str(record.get("title", f"{file.name}:{number}")), text
 
 
 def windows(documents, tokenizer, length, samples):
     """The first `length` tokens, with what the tokenizer puts in front, of each of the first `samples` documents that
     have so many -> [(name, tokens (T,))]. Raises UserError."""
-    found, short = [], {}
-    for name, text in documents:
-        characters = 8 * length  # books are far longer than most windows
-        while len(tokens := tokenizer.encode(text[:characters]).ids) <= length + 16 and characters < len(text):
-            characters *= 2  # the cut changes the last few tokens at most
-        if len(tokens) < length:
-            short[name] = len(tokens)
-        else:
-            found.append((name, torch.tensor(tokens[:length])))
-        if len(found) == samples:
-            break
+    short = {}
+
+    def first_tokens():
+        for name, text in documents:
+            characters = 8 * length  # books are far longer than most windows
+            while len(tokens := tokenizer.encode(text[:characters]).ids) <= length + 16 and characters < len(text):
+                characters *= 2  # the cut changes the last few tokens at most
+            if len(tokens) < length:
+                short[name] = len(tokens)
+            else:
+                yield name, torch.tensor(tokens[:length])
+    found = [*islice(once(first_tokens()), samples)]
     if not found:
         raise UserError(f"no document of {length} tokens: the longest of {len(short)} has "
                         f"{max(short.values(), default=0)}; give longer --data or a shorter --len")
@@ -931,8 +1043,25 @@ def windows(documents, tokenizer, length, samples):
     return found
 
 
+def once(named):
+    """(name, tokens) without those whose tokens an earlier one has: what was searched on is not unseen."""
+    seen = {}
+    for name, tokens in named:
+        if (first := seen.setdefault(data_hash([tokens]), name)) is name:
+            yield name, tokens
+        else:
+            warn(f"{name}: the same text as {first}, counts once")
+
+
 def data_hash(tokens):
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tokens)).hexdigest()
+
+
+def in_vocabulary(model, tokens):
+    """The tokens. Raises UserError where the model has no embedding for one."""
+    if (highest := int(tokens.max())) >= model.config.vocab_size:
+        raise UserError(f"token {highest}: the model has {model.config.vocab_size}; is tokenizer.json another model's?")
+    return tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -998,27 +1127,45 @@ def share_sequences(model, processes, lengths):
 # What the scripts share
 
 
-def add_arguments(parser, data=True):
-    add = parser.add_argument
-    add("--model", default=os.path.relpath(BUNDLED_MODEL), help="directory or Hub id (default: the bundled model)")
+class Parser(argparse.ArgumentParser):
+    """With a script's docstring and the arguments that all have. A mistake is one line."""
+
+    def __init__(self, doc, data=True):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add_arguments(self.add_argument, data)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains)")
+
+
+def add_arguments(add, data):
+    add("--model", type=given, default=os.path.relpath(BUNDLED_MODEL),
+        help="directory or Hub id (default: the bundled model)")
     if data:
-        add("--data", nargs="+", default=[], metavar="PATH", help=".txt files, directories of them, or .jsonl(.gz) "
-            "with a \"text\" field (default: five of the bundled books)")
+        add("--data", type=given, nargs="+", default=[], metavar="PATH", help=".txt files, directories of them, or "
+            ".jsonl(.gz) with a \"text\" field (default: five of the bundled books)")
     add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
         "sequence (default: 1; in finetune.py as few as share --batch-size evenly)")
-    add("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
+    add("--device", type=given, help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
     add("--no-compile", dest="compile", action="store_false", help="no torch.compile on cuda: it needs a C compiler")
-    add("--seed", type=whole, default=0, metavar="N", help="of everything random (default: 0)")
+    add("--seed", type=functools.partial(whole, most=10**18), default=0, help="of everything random (default: 0)",
+        metavar="N")
 
 
-def whole(text, least=0):  # argparse's type of numbers 0, 1, 2, ...
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {least}, {least + 1}, {least + 2}, ...")
+def whole(text, least=0, most=10**8):  # types of arguments: a number 0, 1, 2, ...
+    if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
     return int(text)
 
 
-natural = functools.partial(whole, least=1)
+natural, few = functools.partial(whole, least=1), functools.partial(whole, least=1, most=1000)
+
+
+def given(text):
+    if text in ("", "meta"):  # the working directory, a device without numbers
+        raise argparse.ArgumentTypeError(f"{text!r} is none")
+    return text
 
 
 def begin(args):
@@ -1072,6 +1219,8 @@ def run(main, remedy="lower --len"):
         with suppress(OSError):  # a pipe that Ctrl-C closed, too
             tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files can hold what a terminal cannot show
     try:
         main()
     except (UserError, OSError, SafetensorError) as e:  # the last two: a full disk

@@ -8,10 +8,8 @@
 In --out: rope.json, the best factors so far at any time; history.jsonl, a line for each candidate evaluated, from which
 the same command goes on where it was stopped; search.png.
 """
-import argparse
 import itertools
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,10 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longrope import (FORMULAS, Factors, Journal, Rope, UserError, add_arguments, begin, data_hash, describe,
-                      forward_flops, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank, read_documents,
-                      reading, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of, share_sequences,
-                      spread, su_factor, warm_up, whole, whole_file, window_nll, windows, world_size, write_json,
+from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_weights, data_hash, describe,
+                      forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank,
+                      read_documents, reading, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
+                      share_sequences, spread, su_factor, warm_up, whole, window_nll, windows, world_size, write_json,
                       yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,16 +407,16 @@ def say_cost(args, model, tokens, candidates):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(p)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--len", type=partial(whole, least=2), help="target length (default: 8 windows of the model, with --short one)")
     for key, least, what in (("samples", 1, "documents a candidate is evaluated on, without --data 2"),
                              ("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
-        add(f"--{key.replace('_', '-')}", type=partial(whole, least=least), metavar="N", help=f"{what} (default: the "
-            f"paper's {PAPER[key]}, {PAPER_ABOVE_512K[key]} above 512k tokens; {ON_CPU[key]} on a CPU)")
+        add(f"--{key.replace('_', '-')}", type=partial(whole, least=least, most=100_000), metavar="N",
+            help=f"{what} (default: the paper's {PAPER[key]}, {PAPER_ABOVE_512K[key]} above 512k tokens; "
+            f"{ON_CPU[key]} on a CPU)")
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
         help="search = a gene (default: 0, as no other program knows it)")
     add("--attention-factor", metavar="su|yarn|none|NUMBER|search",
@@ -485,6 +483,7 @@ def main(argv=None):
     space, starts = first_candidates(args, problem, start)
     ropes = ropes_to_compare(args, problem)
     names, documents = zip(*windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples))
+    in_vocabulary(model, torch.stack(documents))
     args.samples = min(args.samples, len(documents))  # the others are to compare on
 
     same = [*PAPER, "len", "seed", "n_hat", "attention_factor", "slow_least", "short", "screening", "context_parallel"]
@@ -516,9 +515,7 @@ def main(argv=None):
         plot(ropes, args.len, journal.rows, args.out / "search.png")
         if args.export:
             save_config(model, args.export)
-            for file in model.path.glob("*.safetensors*"):  # the search changes no weights
-                with whole_file(args.export / file.name) as part:
-                    shutil.copyfile(file, part)
+            copy_weights(model, args.export)  # the search changes none
     say(f"\nwrote {args.out / 'rope.json'} ({kept['rope']}), history.jsonl and search.png")
 
 

@@ -1,15 +1,19 @@
 """Documents, windows and tokenizers; the journals of runs; and what is said of files that cannot be read."""
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import BOS, complaint, prose, read_lines
+from conftest import BOS, VOCAB, complaint, prose, read_lines
 from tokenizers import Tokenizer
 
+import eval_passkey
 import eval_ppl
+import finetune
+import search
 from longrope import (Journal, UserError, data_hash, load_tokenizer, read_documents, read_json, reading, windows)
 
 
@@ -19,19 +23,26 @@ def lines(*texts):
 
 def test_a_directory_gives_its_text_and_json_lines_compressed_or_not_in_the_order_of_the_names(tmp_path, capsys):
     (tmp_path / "d").mkdir()
+    (tmp_path / ".git").mkdir()
     for name, data in {"d/a.txt": b"\xef\xbb\xbfone\r\nline\rmore", "c.jsonl.gz": gzip.compress(lines("two", "three")),
                        "b.jsonl": b"\xef\xbb\xbf" + lines("four"), "e.csv": b"not data", "f.txt": b"caf\xe9",
-                       "g.jsonl": b'{"text": "five", "title": "A book"}\n\n'}.items():
+                       "g.jsonl": b'{"text": "five", "title": "A book"}\n\n{"text": "\\ud83d\\ude00 \\ud800"}',
+                       "._x.txt": b"no", ".git/y.txt": b"no", "d/z.parquet": b"no"}.items():
         (tmp_path / name).write_bytes(data)  # two begin with a byte-order mark
     assert list(read_documents([tmp_path])) == [
         ("b.jsonl:1", "four"), ("c.jsonl.gz:1", "two"), ("c.jsonl.gz:2", "three"), ("a.txt", "one\nline\nmore"),
-        ("f.txt", "caf\ufffd"), ("A book", "five")]
+        ("f.txt", "caf\ufffd"), ("A book", "five"), ("g.jsonl:3", "\U0001f600 \ufffd")]
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("f.txt: has bytes that are not UTF-8")
+    assert said[0] == f"data {tmp_path}: 2 files of other kinds are not read: z.parquet, e.csv" and len(said) == 3
+    assert said[1].startswith("f.txt: has bytes that are not UTF-8") and said[2].startswith("g.jsonl:3: has")
     (tmp_path / "d" / "B.TXT").write_text("six")
     assert [text for _, text in read_documents([tmp_path / "f.txt", tmp_path / "d"])][1:] == ["six", "one\nline\nmore"]
-    with pytest.raises(UserError, match=r"e\.csv: no \.txt or \.jsonl"):
-        list(read_documents([tmp_path / "e.csv"]))
+    (tmp_path / "d" / "linked").symlink_to(tmp_path / "d")  # into itself
+    (tmp_path / "d" / "other").symlink_to(tmp_path)
+    assert [text for _, text in read_documents([tmp_path / "d"])].count("six") == 1
+    for other in ("e.csv", "d/z.parquet"):
+        with pytest.raises(UserError, match=rf"{other}: no \.txt or \.jsonl"):
+            list(read_documents([tmp_path / other]))
 
 
 def test_ten_books_are_bundled_and_joined_where_it_takes_several():
@@ -58,6 +69,9 @@ def test_what_cannot_be_used_is_the_users_mistake_in_one_line(tmp_path, capsys, 
     assert "no .txt or .jsonl(.gz) file" in said("empty")
     assert "no document of 64 tokens: the longest of 1 has" in said("c.txt", b"few")
     assert "nowhere" in said("nowhere")
+    assert "d.txt: has NUL characters" in said("d.txt", prose(0, 100).encode("utf-16-be"))
+    line = complaint(eval_ppl.main, capsys, "--model", tiny, "--len", 64, "--data", "")
+    assert "argument --data: '' is none" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,6 +92,29 @@ def test_windows_are_the_first_tokens_of_each_document_that_is_long_enough(tiny,
     assert "left out 1 documents shorter than 64 tokens: note.txt" in capsys.readouterr().err
     windows([*documents.items(), *((f"short{i}", "few") for i in range(200))], tokenizer, 64, 300)
     assert len(capsys.readouterr().err) < 300  # not all names are said
+
+
+def test_the_same_text_twice_is_one_document_and_it_is_said(tiny, books, tmp_path, capsys):
+    tokenizer, twice = load_tokenizer(tiny), [books / "book1.txt", books]
+    found = windows(read_documents(twice), tokenizer, 64, 4)
+    assert [name for name, _ in found] == ["book1.txt", "book0.txt", "book2.txt", "book3.txt"]
+    assert capsys.readouterr().err == "book1.txt: the same text as book1.txt, counts once\n"
+    command = ["--model", tiny, "--rope", "none", "--len", "64", "--windows", "2", "--device", "cpu"]
+    for data in (twice, [books]):
+        eval_ppl.main([*map(str, command), "--out", str(tmp_path / str(len(data))), "--data", *map(str, data)])
+    a, b = (read_lines(tmp_path / name / "ppl.jsonl")[-1] for name in "12")
+    assert a["documents"] == b["documents"] == 6 and a["nll"] == pytest.approx(b["nll"])
+
+
+def test_a_tokenizer_of_another_model_is_one_line(tiny, books, tmp_path, capsys):
+    path = shutil.copytree(tiny, tmp_path / "model")
+    tokens = json.loads((path / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["\u0120the"] += 600
+    (path / "tokenizer.json").write_text(json.dumps(tokens))
+    data = ["--data", books / "book0.txt"]
+    for script, more in (eval_ppl, data), (eval_passkey, []), (search, data), (finetune, [*data, "--rope", "none"]):
+        line = complaint(script.main, capsys, "--model", path, "--len", 256, "--out", tmp_path / script.__name__, *more)
+        assert f"the model has {VOCAB}; is tokenizer.json another model's?" in line
 
 
 @pytest.mark.parametrize("text", [prose(3, 200), "remembered" * 2000])  # the second has 10 characters a token

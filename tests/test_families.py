@@ -1,5 +1,6 @@
 """Checkpoints of every supported family: against transformers', there and back again, exported, and damaged."""
 import json
+import os
 import pickle
 import re
 import shutil
@@ -16,22 +17,34 @@ from safetensors.torch import load_file, save_file
 
 import eval_ppl
 import search
-from longrope import Factors, Rope, load_model, load_rope, model_directory, plain, rope_to_dict, save_model, write_json
+from longrope import (Factors, Rope, copy_weights, load_model, load_rope, model_directory, plain, rope_to_dict,
+                      save_model, write_json)
 
 HEAD_DIM, THETA = 32, 10000.0  # heads of hidden_size / heads, since Qwen2 and Phi3 have no head_dim of their own
 PAIRS = HEAD_DIM // 2
-LONGROPE = {"rope_type": "longrope", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": WINDOW,
-            "long_factor": list(random_factors(1, 4, PAIRS)), "attention_factor": 1.2,
-            "short_factor": list(random_factors(2, 1.2, PAIRS))}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": WINDOW}
 YARN = {"rope_type": "yarn", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": WINDOW}
+PAIRS_OF = {"qwen3": 32, "phi4-mini": 12}  # a head_dim of its own, a part that turns
+
+
+def longrope_of(family, **changes):
+    pairs = PAIRS_OF.get(family, PAIRS)
+    return {"rope_type": "longrope", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": WINDOW,
+            "long_factor": list(random_factors(1, 4, pairs)), "attention_factor": 1.2,
+            "short_factor": list(random_factors(2, 1.2, pairs)), **changes}
+
+
+LONGROPE = longrope_of("llama")
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {}),
     "llama with biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "mistral": (transformers.MistralConfig, {"sliding_window": None}),
     "phi3": (transformers.Phi3Config, {"pad_token_id": EOS, "original_max_position_embeddings": WINDOW}),
     "qwen2": (transformers.Qwen2Config, {"use_sliding_window": False}),
+    "qwen3": (transformers.Qwen3Config, {"use_sliding_window": False, "head_dim": 64}),
+    "phi4-mini": (transformers.Phi3Config, {"pad_token_id": EOS, "original_max_position_embeddings": WINDOW,
+                                            "tie_word_embeddings": True, "partial_rotary_factor": 0.75}),
     "qwen2, tied": (transformers.Qwen2Config, {"use_sliding_window": False, "tie_word_embeddings": True}),
 }
 
@@ -70,10 +83,11 @@ def read_config(path):
 def to_old_config(path):
     """config.json as transformers 4 writes it, in which the type of a Phi-3's longrope was once "su"."""
     config = read_config(path)
-    rope = {k: v for k, v in config["rope_parameters"].items() if k != "partial_rotary_factor"}
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    rope = config["rope_parameters"]
+    theta, kind, part = rope.pop("rope_theta"), rope.pop("rope_type"), rope.pop("partial_rotary_factor", 1)
     kind = "su" if config["model_type"] == "phi3" and kind == "longrope" else kind
     edit_config(path, rope_parameters=..., rope_theta=theta, dtype=..., torch_dtype=config["dtype"],
+                partial_rotary_factor=part if part != 1 else ...,
                 rope_scaling=None if kind == "default" else rope | {"type": kind})
 
 
@@ -96,7 +110,7 @@ def phi3(tmp_path_factory, tiny):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_logits_of_transformers(tmp_path, family, old):
     for path, rope, lengths in ((tmp_path / "plain", None, (WINDOW,)),
-                                (tmp_path / "long", LONGROPE, (WINDOW - 1, WINDOW, WINDOW + 1, 4 * WINDOW))):
+                                (tmp_path / "long", longrope_of(family), (WINDOW - 1, WINDOW, WINDOW + 1, 4 * WINDOW))):
         hf = save_family(path, family, "150KB", rope, max_position_embeddings=lengths[-1])
         assert len(list(path.glob("*.safetensors"))) > 1
         if old:
@@ -109,7 +123,11 @@ def test_every_family_has_the_logits_of_transformers(tmp_path, family, old):
 @pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("rope", [
     LLAMA3, {"rope_type": "linear", "rope_theta": THETA, "factor": 4.0}, YARN,
-    YARN | {"beta_fast": 8.0, "beta_slow": 2.0}], ids=["llama3", "linear", "yarn", "yarn with betas"])
+    YARN | {"beta_fast": 8.0, "beta_slow": 2.0}, YARN | {"attention_factor": 1.4, "mscale": 2.0},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": None}, YARN | {"mscale": 0.7},
+    *[YARN | {"truncate": truncate} for truncate in (None, False, True, 0, 2)]],
+    ids=["llama3", "linear", "yarn", "betas", "attention factor", "mscale and all", "mscale",
+         *(f"truncate {truncate}" for truncate in (None, False, True, 0, 2))])
 def test_the_ropes_of_configs_are_those_of_transformers(tmp_path, rope, old, capsys):
     hf = save_family(tmp_path, "llama", rope=rope, max_position_embeddings=4 * WINDOW)
     if old:
@@ -130,12 +148,28 @@ def test_half_precision_is_read_into_the_dtype_asked_for(tmp_path, dtype):
     assert {p.dtype for p in load_model(tmp_path, device="cpu", dtype="bfloat16").parameters()} == {torch.bfloat16}
 
 
-def test_frequencies_and_tied_matrices_that_are_stored_too_are_passed_over(tmp_path):
+def test_frequencies_and_a_tied_matrix_may_be_stored_too_but_not_another_matrix(tmp_path, capsys):
     hf = save_family(tmp_path, "qwen2, tied")
     state = load_file(file := tmp_path / "model.safetensors")
-    state |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3), "lm_head.weight": torch.ones(VOCAB, 128)}
-    save_file(state, file)
+    head = state["model.embed_tokens.weight"].clone()
+    save_file(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3), "lm_head.weight": head}, file)
     assert_same_logits(load_model(tmp_path, device="cpu"), hf, WINDOW)
+    head[7, 7] += 1
+    save_file(state | {"lm_head.weight": head}, file)
+    assert "lm_head is not the embedding" in complaint(eval_ppl.main, capsys, "--model", tmp_path, "--len", 64)
+    edit_config(tmp_path, tie_word_embeddings=False)  # what to do
+    assert_same_logits(load_model(tmp_path, device="cpu"), transformers_model(tmp_path), WINDOW)
+
+
+def test_weights_are_read_from_the_file_that_transformers_reads(tmp_path):
+    save_family(tmp_path, "llama", "150KB")
+    state = {name: 1.1 * w for file in tmp_path.glob("*.safetensors") for name, w in load_file(file).items()}
+    save_file(state, tmp_path / "model.safetensors")  # the index beside it is stale
+    model = load_model(tmp_path, device="cpu")
+    assert all(torch.equal(w, state[name]) for name, w in model.state_dict().items())
+    assert_same_logits(model, transformers_model(tmp_path), WINDOW)
+    copy_weights(model, out := tmp_path / "out")
+    assert [file.name for file in out.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("family, changes", [
@@ -194,8 +228,8 @@ def test_of_a_hub_repository_only_the_needed_files_are_fetched(monkeypatch, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_is_that_of_transformers_by_either_spelling_of_its_config_alone(tmp_path, family, kind):
     source, out = tmp_path / "in", tmp_path / "out"
-    save_family(source, family, rope=LONGROPE if kind == "none" else None, max_position_embeddings=WINDOW)
-    rope = "none" if kind == "none" else make_rope(random_factors(3, 4, PAIRS), 4.0)
+    save_family(source, family, rope=longrope_of(family) if kind == "none" else None, max_position_embeddings=WINDOW)
+    rope = "none" if kind == "none" else make_rope(random_factors(3, 4, PAIRS_OF.get(family, PAIRS)), 4.0)
     if kind == "long":
         edit_config(source, original_max_position_embeddings=...)  # Phi3 looks here, and assumes 4096
     model = load_model(source, rope, device="cpu")
@@ -204,7 +238,8 @@ def test_a_saved_model_is_that_of_transformers_by_either_spelling_of_its_config_
     assert stored.keys() == saved.keys() and all(torch.equal(stored[k], saved[k]) for k in saved)
     config = read_config(out)
     parameters, scaling = config["rope_parameters"], config["rope_scaling"]
-    assert parameters == (scaling or {"rope_type": "default", "rope_theta": config["rope_theta"]})
+    part = {"partial_rotary_factor": 0.75} if family == "phi4-mini" else {}
+    assert parameters == (scaling or {"rope_type": "default", "rope_theta": config["rope_theta"]} | part)
     lengths = (WINDOW - 1, WINDOW, WINDOW + 1, 4 * WINDOW)[:2 if kind == "none" else 4]
     alone = load_model(out, "config", device="cpu")
     for dropped in ({}, {"rope_parameters": ...}, {"rope_scaling": ..., "rope_theta": ...}):
@@ -268,6 +303,24 @@ def test_every_loss_of_the_config_is_named(tmp_path, capsys, long, short, reach,
     assert load_rope(tmp_path / "out" / "rope.json") == replace(rope, short_max_length=reach)
 
 
+def test_what_is_written_is_readable_as_any_new_file_and_links_to_elsewhere_are_not_copied(tmp_path, tiny, capsys):
+    source, secret = shutil.copytree(tiny, tmp_path / "in"), tmp_path / "secret"
+    secret.write_text("of mine")
+    (source / "tokenizer_config.json").symlink_to(secret)
+    (source / "vocab.json").symlink_to("tokenizer.json")
+    mask = os.umask(0o077)
+    try:
+        save_model(load_model(source, device="cpu"), tmp_path / "out")
+    finally:
+        os.umask(mask)
+    assert capsys.readouterr().err == f"{source / 'tokenizer_config.json'}: a link out of its directory, not copied\n"
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names >= {"vocab.json", "config.json", "model.safetensors"} and "tokenizer_config.json" not in names
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o600}
+    save_model(load_model(source, device="cpu"), tmp_path / "open")
+    assert (tmp_path / "open" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_all_files_of_a_tokenizer_are_copied(tmp_path, tiny):
     source, names = shutil.copytree(tiny, tmp_path / "in"), {
         "tokenizer.model", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer_config.json"}
@@ -319,21 +372,29 @@ def shard(name, tensor=None):
     (lambda p: (p / "config.json").unlink(), "config.json: .*No such file"),
     *[(lambda p, changes=changes: edit_config(p, **changes), said) for changes, said in (
         ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
-         "MambaForCausalLM is not supported; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Phi3"),
+         "MambaForCausalLM is not supported; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3"),
         ({"architectures": ["Phi3ForSequenceClassification"]}, "Phi3ForSequenceClassification is not"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"), ({"attention_bias": True}, "Missing key.*bias"),
         ({"vocab_size": ...}, "'vocab_size' is missing"), ({"num_attention_heads": ...}, "'num_attention_heads' is"),
         ({"num_hidden_layers": 3}, "Missing key"), ({"num_hidden_layers": 1}, "Unexpected key"),
-        ({"intermediate_size": 64}, "128 rows|(s1|gate_up).* 192"), ({"num_attention_heads": "four"}, "config.json"),
-        ({"partial_rotary_factor": 0.75, "rope_parameters": ...}, "partial rotary"))],
+        ({"intermediate_size": 64}, "128 rows|(s1|gate_up).* 192"), ({"num_attention_heads": "four"}, "'four' is not"),
+        ({"architectures": ["LlamaForCausalLM"], "partial_rotary_factor": 0.75, "rope_parameters": ...},
+         "a partial_rotary_factor, 0.75, is supported in Phi3"), ({"rms_norm_eps": "1e-5"}, "'1e-5' is not a number"),
+        *(({name: size}, f"{name} {re.escape(repr(size))} is not a size")
+          for name in ("vocab_size", "num_hidden_layers", "num_key_value_heads", "hidden_size")
+          for size in ("4", [4], 128.0, -4, 0, 10**12, True)),
+        ({"num_key_value_heads": 3}, "3 key heads for 4"), ({"num_attention_heads": 128}, "heads of 1 dimensions"))],
     *[(lambda p, rope=rope: edit_config(p, rope_parameters=rope), said) for rope, said in (
-        (LONGROPE | {"long_factor": [1.0] * 15 + [float("nan")]}, "finite"),
+        (LONGROPE | {"long_factor": [1.0] * 15 + [float("nan")]}, "long_factor: factors must be from 1"),
         (LONGROPE | {"long_factor": [1.0] * 15}, "long_factor has 15"),
         (LONGROPE | {"long_factor": [1.0], "short_factor": [1.0]}, "has 1 factors, needs 16"),
         (LONGROPE | {"short_factor": None}, "'short_factor' is missing"),
         ({"rope_type": "llama3", "rope_theta": 1e4}, "'low_freq_factor' is missing"),
         ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not supported"),
-        ({"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}, "'yarn' is not"), (3, "config.json"))],
+        (LONGROPE | {"attention_factor": "1"}, "'1' is not a number"), (3, "config.json"))],
+    (lambda p: (p / INDEX).write_text(json.dumps({"weight_map": {NORM: "../s1"}})), "s1 is not in its directory"),
+    (lambda p: [(p / name).unlink() for name in ("s1", INDEX)] + [os.mkfifo(p / "model.safetensors")],
+     "model.safetensors: a pipe or a device"),
 ])
 def test_damage_is_told_in_one_line(tmp_path, whole, damage, said, capsys):
     path = shutil.copytree(whole, tmp_path / "model")

@@ -424,11 +424,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, tmp_path, capsys, 
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_an_entry_of_mix_that_makes_no_sense_is_refused(capsys):
+def test_an_entry_of_mix_that_makes_no_sense_is_refused():
     for entry in ("64:x", "64:0", "64:-1", "64:", ":3", "-64", "64:1:2"):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(UserError, match="argument --mix: .* is not a number from 1 to"):
             finetune.parser().parse_args([f"--mix={entry}"])
-        assert "argument --mix: " in (said := capsys.readouterr().err) and "is not 1, 2, 3" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -216,12 +216,16 @@ ONES = [1.0] * 31
 
 
 @pytest.mark.parametrize("changes, said", [
-    *[({"long_factor": [bad, *ONES]}, "finite and above 0") for bad in (math.nan, 0.0)],
-    *[({"short_factor": [bad, *ONES]}, "finite and above 0") for bad in (math.inf, -1.0)],
-    ({"trained_factor": [-1.0, *ONES]}, "finite and above 0"), ({"trained_factor": ONES}, "trained_factor has 31"),
-    ({"attention_factor": math.nan}, "finite"), ({"rope_theta": -1.0}, "above 0"), ({"factor": 0.0}, "above 0"),
-    ({"long_factor": ONES}, "31"), ({"long_factor": ["one", *ONES]}, "one"), ({"long_factor": 2.0}, "rope.json"),
-    ({"long_n_hat": -1}, "n_hat"), ({"short_n_hat": "few"}, "few"), ({"rope_type": "yarn"}, "longrope"),
+    *[({f"{kind}_factor": [bad, *ONES]}, f"{kind}_factor: factors must be from 1") for kind, bad in (
+        ("long", math.nan), ("long", 0.0), ("long", 0.9), ("short", math.inf), ("short", 1e300), ("trained", -1.0))],
+    *[({"long_factor": [bad, *ONES]}, "is not a number") for bad in ("1.5", None, True)],
+    ({"trained_factor": ONES}, "needs 31"), ({"long_factor": ONES}, "31"),
+    ({"long_factor": "1" * 32}, "long_factor is not a list"), ({"long_factor": 2.0}, "not a list"),
+    ({"attention_factor": math.nan}, "attention factor"), ({"attention_factor": "1"}, "is not a number"),
+    ({"rope_theta": -1.0}, "above 1"), ({"factor": 0.0}, "above 0"), ({"factor": 1e300}, "finite"),
+    ({"long_n_hat": -1}, "n_hat"), ({"long_n_hat": 10**18}, "n_hat"), ({"short_n_hat": "few"}, "few"),
+    ({"long_n_hat": 2.5}, "2.5 is not a whole number"), ({"original_max_position_embeddings": "64"}, "'64'"),
+    ({"short_max_length": -1}, "lengths"), ({"rope_type": "yarn"}, "longrope"),
     *[({key: gone}, f"'{key}' is missing") for gone in (None, ...)
       for key in ("rope_theta", "original_max_position_embeddings", "long_factor", "short_factor")],
     ("", r"rope\.json"), ("{", r"rope\.json"), ("[1, 2]", r"rope\.json"), ("3", r"rope\.json"),
@@ -236,6 +240,15 @@ def test_a_malformed_rope_json_is_the_users_mistake(tmp_path, changes, said):
     with pytest.raises(UserError, match=said) as e:
         load_rope(path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_factors_in_no_order_are_read_and_it_is_said(tmp_path, capsys):
+    given = GOOD | {"long_factor": [2.0, *ONES], "original_max_position_embeddings": float(WINDOW)}
+    write_json(path := tmp_path / "rope.json", given)
+    assert load_rope(path).long.rescale_factors == (2.0, *ONES)
+    assert capsys.readouterr().err == f"{path}: its factors are in no order, unlike the paper's\n"
+    write_json(path, GOOD)
+    assert load_rope(path) and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("rope, said", [

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops, in_vocabulary,
                       load_tokenizer, natural, once, perplexity, rank, read_documents, recorded, resolve_ropes,
-                      rope_to_dict, run, say, sha256_of, share_sequences, spread, utilisation, warm_up, whole,
+                      rope_to_dict, run, say, sha256_of, share_sequences, spread, token_id, utilisation, warm_up, whole,
                       window_nll, windows)
 
 BINS = 16  # of the window, for perplexity by position
@@ -82,8 +82,7 @@ def read_windows(args, lengths, model):
     total = args.doc_tokens or lengths[-1] + 10 * args.stride
     documents = read_documents(args.data, 5 * total)
     if args.windows:  # of whole documents
-        bos = model.config.hf.get("bos_token_id")
-        bos = bos[0] if isinstance(bos, list) else bos
+        bos = token_id(model, "bos_token_id")
         texts = ((name, torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)) for name, text in documents)
         texts = [*islice((tokens for _, tokens in once(texts) if len(tokens) >= lengths[-1]), args.samples)]
         if not texts:

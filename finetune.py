@@ -40,7 +40,7 @@ import longrope
 from longrope import (BUNDLED_MODEL, Journal, Parser, UserError, barrier, describe, forward_flops, in_vocabulary,
                       join_processes, load_model, load_tokenizer, natural, rank, read_documents, recorded,
                       resolve_rope, rope_to_dict, run, save_config, save_weights, say, share_sequences, spread,
-                      token_nll, utilisation, whole, whole_file, world_size)
+                      token_id, token_nll, utilisation, whole, whole_file, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -366,7 +366,7 @@ def complete(args, model, device):
 
 def bookends(model):
     """(BOS, EOS) of config.json, EOS for both where the family has no BOS."""
-    bos, eos = (v[0] if isinstance(v, list) else v for v in map(model.config.hf.get, ("bos_token_id", "eos_token_id")))
+    bos, eos = token_id(model, "bos_token_id"), token_id(model, "eos_token_id")
     if eos is None:
         raise UserError(f"{model.path}: config.json names no eos_token_id")
     if bos is None:

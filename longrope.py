@@ -531,16 +531,16 @@ def reading(path):
         if isinstance(path, Path) and path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError("a pipe or a device, not a file")  # opening it would wait
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
         raise
-    except Exception as e:  # parsers raise almost any; strerror leaves out what OSError says of the path
+    except BaseException as e:  # parsers raise almost any; strerror leaves out what OSError says of the path
         words = f"{e} is missing" if isinstance(e, KeyError) else getattr(e, "strerror", None) or str(e)
         raise UserError(f"{path}: {' '.join(words.split())[:300] or type(e).__name__}") from None
 
 
 def read_json(path):
-    with reading(path):
-        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}
+    with reading(path):  # `number` refuses NaN and Infinity, which are no JSON
+        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"), parse_constant=number)}
 
 
 @contextmanager
@@ -700,6 +700,14 @@ def load_rope(path, trained=None):
     return rope
 
 
+def token_id(model, name):
+    """config.json's bos_token_id or eos_token_id, the first of a list, None if it has none. Raises UserError."""
+    given = model.config.hf.get(name)
+    given = given[0] if isinstance(given, list) and given else given
+    with reading(f"{model.path / 'config.json'}: {name}"):
+        return None if given is None else integer(given)
+
+
 def sha256_of(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
@@ -770,10 +778,12 @@ def read_config(d):
     if said["hidden_act"] != "silu":
         raise ValueError(f"hidden_act {said['hidden_act']} is not supported, only SwiGLU's silu")
     names = [field.name for field in fields(LlamaConfig)[:9]]  # up to `rope`
-    for name in names[:6]:
+    for name in names[:7]:
+        if name == "head_dim" and not said[name]:
+            said[name] = said["hidden_size"] // said["num_attention_heads"]
         if type(said[name]) is not int or not 0 < said[name] <= (999 if name == "num_hidden_layers" else 2**24):
             raise ValueError(f"{name} {said[name]!r} is not a size")
-    said["head_dim"] = head_dim = said["head_dim"] or said["hidden_size"] // said["num_attention_heads"]
+    head_dim = said["head_dim"]
     turning = int(head_dim * (part := said_of_rope(d)["partial_rotary_factor"]))  # dimensions of a head
     if not 0 < turning <= head_dim or turning % 2 or said["num_attention_heads"] % said["num_key_value_heads"]:
         raise ValueError(f"heads of {head_dim} dimensions, {turning} of them turning, {said['num_key_value_heads']} "
@@ -792,8 +802,9 @@ def read_config(d):
 def said_of_rope(d):
     """All that a config.json says of its rope; transformers prefers rope_scaling to rope_parameters, takes one whole,
     and prefers the original window that is said beside them (Phi-3)."""
-    top = {"rope_theta": 10000.0, "partial_rotary_factor": 1} | FAMILIES[d["architectures"][0]][2] | stated(d)
-    window = {k: v for k, v in top.items() if k == "original_max_position_embeddings"}
+    beside = {"rope_theta": 10000.0, "partial_rotary_factor": 1} | FAMILIES[d["architectures"][0]][2] | stated(d)
+    window = {k: v for k, v in beside.items() if k == "original_max_position_embeddings"}
+    top = {k: beside[k] for k in ("rope_theta", "partial_rotary_factor")}
     return top | stated(d.get("rope_scaling") or d.get("rope_parameters") or {}) | window
 
 
@@ -801,13 +812,15 @@ def rope_of_config(d, pairs):
     """The Rope that a config.json describes: what transformers does, where a Rope can say it exactly."""
     given, window = said_of_rope(d), integer(d["max_position_embeddings"])
     theta, before = number(given["rope_theta"]), integer(given.get("original_max_position_embeddings", window))
-    given = {"factor": window / before} | given
-    kind = "longrope" if "long_factor" in given else given.get("rope_type", given.get("type", "default"))
+    kind, factor = given.get("rope_type", given.get("type", "default")), given.get("factor", window / before)
+    if d["architectures"] == ["Phi3ForCausalLM"] and kind in ("su", "yarn"):
+        kind = "longrope"  # its former names
     match kind:
-        case "longrope":  # older Phi-3 calls it "su"
-            return rope_from_dict(given | {"rope_type": kind, "original_max_position_embeddings": before}, plain(pairs))
+        case "longrope":
+            said = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": before}
+            return rope_from_dict(given | said, plain(pairs))
         case "yarn":
-            scale, ramp = number(given["factor"]), (given.get("beta_fast") or 32, given.get("beta_slow") or 1)
+            scale, ramp = number(factor), (given.get("beta_fast") or 32, given.get("beta_slow") or 1)
             long = yarn(pairs, theta, before, scale, *ramp, given.get("truncate", True))
             if given.get("mscale") and given.get("mscale_all_dim"):  # DeepSeek's
                 top, bottom = (yarn_factor(scale, given[key]) for key in ("mscale", "mscale_all_dim"))
@@ -818,11 +831,13 @@ def rope_of_config(d, pairs):
         case "default":
             trained = plain(pairs)
         case "linear":
-            trained = pi(pairs, theta, window, given["factor"])
+            trained = pi(pairs, theta, window, number(given["factor"]))
         case "llama3":  # YaRN's ramp over the turns within an earlier window
-            low, high = given["low_freq_factor"], given["high_freq_factor"]
+            low, high, factor = (number(given[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+            if not (0 < low < high and factor > 0):
+                raise ValueError("low_freq_factor must be above 0 and below high_freq_factor, factor above 0")
             keep = np.clip((before / (2 * math.pi) * inv_freq_of(np.ones(pairs), theta) - low) / (high - low), 0, 1)
-            trained = Factors(tuple((1 / (keep + (1 - keep) / given["factor"])).tolist()))
+            trained = Factors(tuple((1 / (keep + (1 - keep) / factor)).tolist()))
         case other:
             raise ValueError(f"rope type {other!r} is not supported, but default, linear, llama3, yarn and longrope")
     return Rope(theta, window, trained, trained)
@@ -849,9 +864,9 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     with torch.device("meta"):
         model = Llama(config)
     state, parts = {}, stored_names(model)
-    for file in weight_files(path)[0] if device.type != "meta" else ():
-        with reading(path / file):
-            for name, tensor in load_file(path / file).items():
+    for file in weight_files(path) if device.type != "meta" else ():
+        with reading(file):
+            for name, tensor in load_file(file).items() if file.suffix != ".json" else ():
                 ours = parts.get(name, [name] * (not name.endswith("rotary_emb.inv_freq")))  # of old Llamas
                 rows = [model.get_parameter(n).shape[0] for n in ours] if len(ours) > 1 else len(tensor)
                 state |= zip(ours, tensor.to(device, dtype).split(rows))
@@ -866,15 +881,15 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
 
 
 def weight_files(path):
-    """([names of the files with weights], [name of their index, if they have one])."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():  # in this order, as transformers does
-        return ["model.safetensors"], []
+    """The files with weights, and behind them their index if they have one."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():  # in this order, as transformers does
+        return [whole]
     with reading(index):
         files = sorted(set(read_json(index)["weight_map"].values()))
         if outside := [file for file in files if Path(file).name != file]:
             raise ValueError(f"{outside[0]} is not in its directory")
-    return files, [index.name]
+    return [*map(path.joinpath, files), index]
 
 
 def model_directory(path):
@@ -922,19 +937,23 @@ def save_config(model, path, dtype=None):
     config = {k: v for k, v in model.config.hf.items() if k not in dropped} | {"sliding_window": None}
     if dtype:
         config["dtype"] = str(dtype).removeprefix("torch.")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parameters, window = {"rope_theta": rope.rope_theta} | scaling, rope.original_max_position_embeddings
     if rope != model.config.rope:  # or else config.json says it already
-        parameters, window = dict([*d.items()][:7]), rope.original_max_position_embeddings
+        scaling = parameters = dict([*d.items()][:7])
         said = rope_to_dict(rope_from_dict(parameters, rope.trained))
         if lost := [f"{k} {v:.4g} (transformers will take {said[k]:.4g})" for k, v in d.items() if v != said[k]]:
             warn(f"{path}: config.json has no place for {', '.join(lost)}; rope.json, which this program reads, has")
         parameters |= {"short_mscale": d["short_attention_factor"], "long_mscale": d["attention_factor"]}  # for vLLM
-        config |= {"rope_theta": rope.rope_theta, "rope_scaling": parameters, "rope_parameters": parameters,
-                   "max_position_embeddings": rope.target_length, "original_max_position_embeddings": window}
-        if rope.long == plain(len(rope.long.rescale_factors)) and not rope.short:
-            config |= {"rope_scaling": None, "max_position_embeddings": window,
-                       "rope_parameters": {"rope_type": "default", "rope_theta": rope.rope_theta}}
-        if (part := said_of_rope(model.config.hf)["partial_rotary_factor"]) != 1:
-            config["partial_rotary_factor"] = config["rope_parameters"]["partial_rotary_factor"] = part
+        config |= {"max_position_embeddings": rope.target_length, "original_max_position_embeddings": window}
+        if "Phi3ForCausalLM" in config["architectures"] and d["attention_factor"] == su_factor(rope.scale, window):
+            scaling = {"type": "longrope"} | {k: d[k] for k in ("short_factor", "long_factor")}  # for transformers 4
+    if rope.long == plain(len(rope.long.rescale_factors)) and not rope.short:
+        parameters, scaling = {"rope_type": "default", "rope_theta": rope.rope_theta}, None
+        config["max_position_embeddings"] = window
+    if (part := said_of_rope(model.config.hf)["partial_rotary_factor"]) != 1:
+        config["partial_rotary_factor"] = parameters["partial_rotary_factor"] = part
+    config |= {"rope_theta": rope.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
     write_json(path / "config.json", config)
     write_json(path / "rope.json", d)
     for file in chain.from_iterable(map(model.path.glob, BESIDE)) if model.path not in (None, path) else ():
@@ -947,12 +966,6 @@ def save_config(model, path, dtype=None):
 def copy(file, directory):
     with whole_file(directory / file.name) as part:
         shutil.copyfile(file, part)
-
-
-def copy_weights(model, path):
-    files, index = weight_files(model.path)
-    for name in files + index:
-        copy(model.path / name, path)
 
 
 def load_tokenizer(path=BUNDLED_MODEL):
@@ -992,8 +1005,7 @@ def read_documents(paths, min_characters=0, books=slice(5)):
 
 
 def files_in(path, above=()):
-    """The files of a directory, in the order of their names, or the file itself. Hidden ones never, and of linked
-    directories none within itself."""
+    """The files of a directory, in the order of names, or the file itself: no hidden one, no directory in itself."""
     if path.is_dir() and path.resolve() not in above:
         for inner in sorted(path.iterdir()):
             if not inner.name.startswith("."):
@@ -1132,28 +1144,23 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, data=True):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        add_arguments(self.add_argument, data)
+        add = self.add_argument
+        add("--model", type=given, default=os.path.relpath(BUNDLED_MODEL), help="directory or Hub id; default: bundled")
+        if data:
+            add("--data", type=given, nargs="+", default=[], metavar="PATH", help=".txt files, directories of them, or "
+                ".jsonl(.gz) with a \"text\" field (default: five of the bundled books)")
+        add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
+            "sequence (default: 1; in finetune.py as few as share --batch-size evenly)")
+        add("--device", type=given, help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
+        add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
+        add("--no-compile", dest="compile", action="store_false", help="no torch.compile, which needs a C compiler")
+        add("--seed", type=whole, default=0, metavar="N", help="of everything random (default: 0)")
 
     def error(self, message):
         raise UserError(f"{message} (--help explains)")
 
 
-def add_arguments(add, data):
-    add("--model", type=given, default=os.path.relpath(BUNDLED_MODEL),
-        help="directory or Hub id (default: the bundled model)")
-    if data:
-        add("--data", type=given, nargs="+", default=[], metavar="PATH", help=".txt files, directories of them, or "
-            ".jsonl(.gz) with a \"text\" field (default: five of the bundled books)")
-    add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
-        "sequence (default: 1; in finetune.py as few as share --batch-size evenly)")
-    add("--device", type=given, help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
-    add("--no-compile", dest="compile", action="store_false", help="no torch.compile on cuda: it needs a C compiler")
-    add("--seed", type=functools.partial(whole, most=10**18), default=0, help="of everything random (default: 0)",
-        metavar="N")
-
-
-def whole(text, least=0, most=10**8):  # types of arguments: a number 0, 1, 2, ...
+def whole(text, least=0, most=2**31):  # types of arguments: a number 0, 1, 2, ...
     if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
     return int(text)
@@ -1217,7 +1224,7 @@ def run(main, remedy="lower --len"):
     """main() with the user's mistakes, and running out of memory, told in one line."""
     def stop(line, code=2):
         with suppress(OSError):  # a pipe that Ctrl-C closed, too
-            tqdm.write(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(line).split())}", file=sys.stderr)
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files can hold what a terminal cannot show

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_weights, data_hash, describe,
+from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy, data_hash, describe,
                       forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank,
                       read_documents, reading, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
-                      share_sequences, spread, su_factor, warm_up, whole, window_nll, windows, world_size, write_json,
-                      yarn_factor)
+                      share_sequences, spread, su_factor, warm_up, weight_files, whole, window_nll, windows, world_size,
+                      write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
@@ -444,8 +444,8 @@ def fill_in(args, model):
     if args.attention_factor not in ("su", "yarn", "none", "search"):
         with reading("--attention-factor"):
             args.attention_factor = float(args.attention_factor)
-            if not 0 < args.attention_factor < math.inf:
-                raise ValueError("not a number above 0")
+            if not 0.01 < args.attention_factor < 100:
+                raise ValueError("not between 0.01 and 100")
     paper = PAPER_ABOVE_512K if args.len > 512 * 1024 else PAPER
     defaults = ON_CPU if model.unembedding.device.type == "cpu" else paper
     if not args.data:  # the other bundled books are to compare on
@@ -515,7 +515,8 @@ def main(argv=None):
         plot(ropes, args.len, journal.rows, args.out / "search.png")
         if args.export:
             save_config(model, args.export)
-            copy_weights(model, args.export)  # the search changes none
+            for file in weight_files(model.path):  # the search changes none
+                copy(file, args.export)
     say(f"\nwrote {args.out / 'rope.json'} ({kept['rope']}), history.jsonl and search.png")
 
 

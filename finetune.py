@@ -358,7 +358,7 @@ def complete(args, model, device):
     if args.len > rope.target_length:  # --rope none reaches any
         raise UserError(f"--len {args.len}: {args.rope or 'the model'} reaches {rope.target_length} tokens; search "
                         "factors (search.py) or give --rope none")
-    if args.mix and min(args.mix) <= model.window and max(rope.long.rescale_factors) > 1 and not rope.short:
+    if args.mix and min(args.mix) <= model.window and rope.long != rope.trained and not rope.short:
         raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, but these "
                         "factors have no short set, as search.py's have")
     return rope

@@ -126,7 +126,7 @@ class Rope:
     short_max_length: int = 0
 
     def __post_init__(self):
-        check(self)  # that its numbers can be used (below, Ropes in files)
+        check_rope(self)  # that its numbers can be used (below, Ropes in files)
 
     @property
     def target_length(self):
@@ -531,9 +531,9 @@ def reading(path):
         if isinstance(path, Path) and path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError("a pipe or a device, not a file")  # opening it would wait
         yield
-    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit):
+    except (UserError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as e:  # parsers raise almost any; strerror leaves out what OSError says of the path
+    except BaseException as e:  # parsers raise almost any, Rust's panic this; strerror leaves out what names the path
         words = f"{e} is missing" if isinstance(e, KeyError) else getattr(e, "strerror", None) or str(e)
         raise UserError(f"{path}: {' '.join(words.split())[:300] or type(e).__name__}") from None
 
@@ -648,7 +648,7 @@ def rope_from_dict(d, trained=None):
     d = {"rope_type": "longrope", "factor": 1} | stated(d)
     if d["rope_type"] != "longrope":
         raise ValueError("not of rope_type longrope")
-    window, theta, scale = integer(d["original_max_position_embeddings"]), float(d["rope_theta"]), float(d["factor"])
+    window, theta, scale = integer(d["original_max_position_embeddings"]), number(d["rope_theta"]), number(d["factor"])
 
     def factors(name, attention_factor):
         if not isinstance(lambdas := d[f"{name}_factor"], list):
@@ -673,14 +673,14 @@ def integer(x):
     return int(x)
 
 
-def check(rope):
+def check_rope(rope):
     """Raises ValueError where numbers of a Rope cannot be meant."""
     pairs, window = len(rope.trained.rescale_factors), rope.original_max_position_embeddings
     for name, f in (("trained", rope.trained), ("long", rope.long), ("short", rope.short or rope.long)):
         if len(f.rescale_factors) != pairs:
             raise ValueError(f"{name}_factor has {len(f.rescale_factors)} factors, needs {pairs}")
         if not all(0.99 < x < 1e6 for x in f.rescale_factors):  # published ones begin at 0.9978
-            raise ValueError(f"{name}_factor: factors must be from 1 to a million")
+            raise ValueError(f"{name}_factor: factors must be from 1 to a million, not {min(f.rescale_factors):g}")
         if not (0 <= f.n_hat < 2**40 and 0.01 < f.attention_factor < 100):
             raise ValueError(f"{name}: n_hat must be 0 or more, the attention factor between 0.01 and 100")
     if not (0 < window < 2**40 and 1 < rope.rope_theta < 1e15 and 0 < rope.scale < 1e6 and rope.short_max_length >= 0):
@@ -702,10 +702,11 @@ def load_rope(path, trained=None):
 
 def token_id(model, name):
     """config.json's bos_token_id or eos_token_id, the first of a list, None if it has none. Raises UserError."""
-    given = model.config.hf.get(name)
-    given = given[0] if isinstance(given, list) and given else given
-    with reading(f"{model.path / 'config.json'}: {name}"):
-        return None if given is None else integer(given)
+    found = model.config.hf.get(name)
+    found = found[0] if isinstance(found, list) and found else found
+    if found is not None and not (type(found) is int and 0 <= found < model.config.vocab_size):
+        raise UserError(f"{model.path / 'config.json'}: {name} {found!r} is none of the model's tokens")
+    return found
 
 
 def sha256_of(value):
@@ -715,7 +716,7 @@ def sha256_of(value):
 def resolve_rope(rope, model, length=None):
     """A Rope from what `load_model` accepts (see there), checked against the model."""
     config, own = model.config.rope, model.path / "rope.json"
-    rope = rope or (own if own.exists() else "config")
+    rope = (own if own.exists() else "config") if rope in (None, "model") else rope
     if rope == "config":
         return config
     name, _, fixed = str(rope).partition(":")
@@ -734,7 +735,7 @@ def resolve_rope(rope, model, length=None):
 def fitting(rope, config):
     """The Rope, or that in a file, if it is for a model whose config.json describes the Rope `config`."""
     if not isinstance(rope, Rope) and not Path(rope).is_file():
-        raise UserError(f"rope {rope}: not none, pi, ntk, yarn (yarn:16 fixes s), config, nor a rope.json file; a "
+        raise UserError(f"rope {rope}: not none, pi, ntk, yarn (yarn:16 fixes s), model, config or a rope.json file; a "
                         "model's directory is for --model")
     found = rope if isinstance(rope, Rope) else load_rope(rope, config.trained)
     with reading("rope" if found is rope else rope):
@@ -748,7 +749,7 @@ def fitting(rope, config):
 def resolve_ropes(names, lengths, model):
     """{(name, length): Rope}: a mistake in any shows before the first is measured."""
     own = ["model"] if (model.path / "rope.json").exists() else []
-    return {(name, length): resolve_rope(None if name == "model" else name, model, length)
+    return {(name, length): resolve_rope(name, model, length)
             for length in lengths for name in dict.fromkeys(names or [*FORMULAS, *own])}
 
 
@@ -770,9 +771,13 @@ BESIDE = ("tokenizer*", "*_tokens*.json", "*.jinja", "vocab.json", "merges.txt",
 
 def read_config(d):
     """LlamaConfig of a config.json of transformers 5 or 4. Raises what `reading` tells in words."""
-    if (family := d["architectures"][0]) not in FAMILIES:
+    if (family := (d["architectures"] or [None])[0]) not in FAMILIES:
         raise ValueError(f"{family} is not supported; supported: {', '.join(FAMILIES)}")
+    if "quantization_config" in stated(d):
+        raise ValueError("quantised weights are not supported; take the unquantised checkpoint")
     biased, fused, silent = FAMILIES[family]
+    if d.get("num_key_value_heads", silent) is None:
+        silent = silent | {"num_key_value_heads": d["num_attention_heads"]}
     said = {"num_key_value_heads": d["num_attention_heads"], "head_dim": None, "rms_norm_eps": 1e-6,
             "tie_word_embeddings": False, "hidden_act": "silu"} | silent | stated(d)
     if said["hidden_act"] != "silu":
@@ -784,7 +789,7 @@ def read_config(d):
         if type(said[name]) is not int or not 0 < said[name] <= (999 if name == "num_hidden_layers" else 2**24):
             raise ValueError(f"{name} {said[name]!r} is not a size")
     head_dim = said["head_dim"]
-    turning = int(head_dim * (part := said_of_rope(d)["partial_rotary_factor"]))  # dimensions of a head
+    turning = int(head_dim * (part := number(said_of_rope(d)["partial_rotary_factor"])))  # dimensions of a head
     if not 0 < turning <= head_dim or turning % 2 or said["num_attention_heads"] % said["num_key_value_heads"]:
         raise ValueError(f"heads of {head_dim} dimensions, {turning} of them turning, {said['num_key_value_heads']} "
                          f"key heads for {said['num_attention_heads']}: that cannot be")
@@ -793,7 +798,9 @@ def read_config(d):
     if not 0 < number(said["rms_norm_eps"]) < 1:
         raise ValueError(f"rms_norm_eps {said['rms_norm_eps']} is not between 0 and 1")
     biased += (*QKV, "o_proj") * bool(d.get("attention_bias")) + (*GATE_UP, "down_proj") * bool(d.get("mlp_bias"))
-    if (sliding := (silent | d).get("sliding_window")) and said.get("use_sliding_window", True):
+    sliding = (silent | d).get("sliding_window")  # null: none
+    if sliding and family != "LlamaForCausalLM" and said.get("use_sliding_window", True) and (
+            sliding < d["max_position_embeddings"]):
         warn(f"its own attention slides over the last {sliding} tokens; here every token attends to all before it")
     rope = rope_of_config(d, turning // 2)
     return LlamaConfig(*(said[name] for name in names), rope, biased, family == "Qwen3ForCausalLM", fused, hf=d)
@@ -812,8 +819,9 @@ def rope_of_config(d, pairs):
     """The Rope that a config.json describes: what transformers does, where a Rope can say it exactly."""
     given, window = said_of_rope(d), integer(d["max_position_embeddings"])
     theta, before = number(given["rope_theta"]), integer(given.get("original_max_position_embeddings", window))
+    Rope(theta, before, plain(pairs), plain(pairs))  # checks these numbers before they are used
     kind, factor = given.get("rope_type", given.get("type", "default")), given.get("factor", window / before)
-    if d["architectures"] == ["Phi3ForCausalLM"] and kind in ("su", "yarn"):
+    if d["architectures"][0] == "Phi3ForCausalLM" and kind in ("su", "yarn"):
         kind = "longrope"  # its former names
     match kind:
         case "longrope":
@@ -822,12 +830,10 @@ def rope_of_config(d, pairs):
         case "yarn":
             scale, ramp = number(factor), (given.get("beta_fast") or 32, given.get("beta_slow") or 1)
             long = yarn(pairs, theta, before, scale, *ramp, given.get("truncate", True))
-            if given.get("mscale") and given.get("mscale_all_dim"):  # DeepSeek's
-                top, bottom = (yarn_factor(scale, given[key]) for key in ("mscale", "mscale_all_dim"))
-                long = replace(long, attention_factor=top / bottom)
-            if "attention_factor" in given:
-                long = replace(long, attention_factor=number(given["attention_factor"]))
-            return Rope(theta, before, plain(pairs), long, scale)
+            mscales = [given.get("mscale"), given.get("mscale_all_dim")]  # DeepSeek's
+            attention = [yarn_factor(scale, m) for m in (mscales if all(mscales) else [1, 0])]  # one over the other
+            attention = number(given.get("attention_factor", attention[0] / attention[1]))
+            return Rope(theta, before, plain(pairs), replace(long, attention_factor=attention), scale)
         case "default":
             trained = plain(pairs)
         case "linear":
@@ -860,14 +866,16 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     if (path / "rope.json").exists():
         config.rope = replace(config.rope, trained=fitting(path / "rope.json", config.rope).trained)
     elif config.rope.scale != 1:
-        warn(f"{path}: no rope.json says what it was trained with; taken to be plain RoPE")
+        warn(f"{path}: no rope.json says what it was trained with; a new extension starts from plain RoPE")
     with torch.device("meta"):
         model = Llama(config)
     state, parts = {}, stored_names(model)
     for file in weight_files(path) if device.type != "meta" else ():
         with reading(file):
             for name, tensor in load_file(file).items() if file.suffix != ".json" else ():
-                ours = parts.get(name, [name] * (not name.endswith("rotary_emb.inv_freq")))  # of old Llamas
+                if name.endswith("rotary_emb.inv_freq"):  # of old Llamas
+                    continue
+                ours = parts.get(name, [name])
                 rows = [model.get_parameter(n).shape[0] for n in ours] if len(ours) > 1 else len(tensor)
                 state |= zip(ours, tensor.to(device, dtype).split(rows))
     head = state.pop("lm_head.weight", None) if config.tie_word_embeddings else None
@@ -883,6 +891,8 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
 def weight_files(path):
     """The files with weights, and behind them their index if they have one."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if not (whole.exists() or index.exists()):
+        raise UserError(f"{path}: no model.safetensors (other kinds of weights must be converted)")
     if whole.exists() or not index.exists():  # in this order, as transformers does
         return [whole]
     with reading(index):
@@ -946,7 +956,7 @@ def save_config(model, path, dtype=None):
             warn(f"{path}: config.json has no place for {', '.join(lost)}; rope.json, which this program reads, has")
         parameters |= {"short_mscale": d["short_attention_factor"], "long_mscale": d["attention_factor"]}  # for vLLM
         config |= {"max_position_embeddings": rope.target_length, "original_max_position_embeddings": window}
-        if "Phi3ForCausalLM" in config["architectures"] and d["attention_factor"] == su_factor(rope.scale, window):
+        if config["architectures"][0] == "Phi3ForCausalLM" and d["attention_factor"] == su_factor(rope.scale, window):
             scaling = {"type": "longrope"} | {k: d[k] for k in ("short_factor", "long_factor")}  # for transformers 4
     if rope.long == plain(len(rope.long.rescale_factors)) and not rope.short:
         parameters, scaling = {"rope_type": "default", "rope_theta": rope.rope_theta}, None
@@ -958,12 +968,12 @@ def save_config(model, path, dtype=None):
     write_json(path / "rope.json", d)
     for file in chain.from_iterable(map(model.path.glob, BESIDE)) if model.path not in (None, path) else ():
         if file.resolve().parent in (model.path.resolve(), model.path.resolve().parent.parent / "blobs"):
-            copy(file, path)
+            copy_file(file, path)
         else:
             warn(f"{file}: a link out of its directory, not copied")  # someone else's could lead to a secret
 
 
-def copy(file, directory):
+def copy_file(file, directory):
     with whole_file(directory / file.name) as part:
         shutil.copyfile(file, part)
 
@@ -991,6 +1001,8 @@ def read_documents(paths, min_characters=0, books=slice(5)):
             names, texts = zip(*found[i:i + together])
             yield " + ".join(names), "".join(texts)
     for path in map(Path, paths):
+        if not path.exists() or "" in paths:
+            raise UserError(f"data {path}: no such file or directory")
         found = [*files_in(path)]
         files = [file for file in found if file.name.lower().endswith((".txt", ".jsonl", ".jsonl.gz"))]
         if not files:
@@ -1039,7 +1051,7 @@ def windows(documents, tokenizer, length, samples):
 
     def first_tokens():
         for name, text in documents:
-            characters = 8 * length  # books are far longer than most windows
+            characters = 8 * length  # to begin with: books are far longer than most windows
             while len(tokens := tokenizer.encode(text[:characters]).ids) <= length + 16 and characters < len(text):
                 characters *= 2  # the cut changes the last few tokens at most
             if len(tokens) < length:
@@ -1062,7 +1074,7 @@ def once(named):
         if (first := seen.setdefault(data_hash([tokens]), name)) is name:
             yield name, tokens
         else:
-            warn(f"{name}: the same text as {first}, counts once")
+            warn(f"{name}: the same {len(tokens)} tokens as {first}, counts once")
 
 
 def data_hash(tokens):
@@ -1082,6 +1094,8 @@ def in_vocabulary(model, tokens):
 
 def join_processes(device=None):
     """Those of torchrun, and take this one's GPU. Before `load_model`."""
+    if device == "meta":
+        raise UserError("--device meta: it holds no numbers")
     if "RANK" in os.environ and not dist.is_initialized():
         gpu = None
         if torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
@@ -1145,13 +1159,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, data=True):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = self.add_argument
-        add("--model", type=given, default=os.path.relpath(BUNDLED_MODEL), help="directory or Hub id; default: bundled")
+        add("--model", default=os.path.relpath(BUNDLED_MODEL), help="directory or Hub id (default: the bundled model)")
         if data:
-            add("--data", type=given, nargs="+", default=[], metavar="PATH", help=".txt files, directories of them, or "
-                ".jsonl(.gz) with a \"text\" field (default: five of the bundled books)")
+            add("--data", nargs="+", default=[], metavar="PATH", help=".txt files, directories of them "
+                "or .jsonl(.gz) with a \"text\" field (default: five of the bundled books)")
         add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
             "sequence (default: 1; in finetune.py as few as share --batch-size evenly)")
-        add("--device", type=given, help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
+        add("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
         add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
         add("--no-compile", dest="compile", action="store_false", help="no torch.compile, which needs a C compiler")
         add("--seed", type=whole, default=0, metavar="N", help="of everything random (default: 0)")
@@ -1167,12 +1181,6 @@ def whole(text, least=0, most=2**31):  # types of arguments: a number 0, 1, 2, .
 
 
 natural, few = functools.partial(whole, least=1), functools.partial(whole, least=1, most=1000)
-
-
-def given(text):
-    if text in ("", "meta"):  # the working directory, a device without numbers
-        raise argparse.ArgumentTypeError(f"{text!r} is none")
-    return text
 
 
 def begin(args):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy, data_hash, describe,
+from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash, describe,
                       forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank,
                       read_documents, reading, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
                       share_sequences, spread, su_factor, warm_up, weight_files, whole, window_nll, windows, world_size,
@@ -516,7 +516,7 @@ def main(argv=None):
         if args.export:
             save_config(model, args.export)
             for file in weight_files(model.path):  # the search changes none
-                copy(file, args.export)
+                copy_file(file, args.export)
     say(f"\nwrote {args.out / 'rope.json'} ({kept['rope']}), history.jsonl and search.png")
 
 

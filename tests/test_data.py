@@ -40,9 +40,8 @@ def test_a_directory_gives_its_text_and_json_lines_compressed_or_not_in_the_orde
     (tmp_path / "d" / "linked").symlink_to(tmp_path / "d")  # into itself
     (tmp_path / "d" / "other").symlink_to(tmp_path)
     assert [text for _, text in read_documents([tmp_path / "d"])].count("six") == 1
-    for other in ("e.csv", "d/z.parquet"):
-        with pytest.raises(UserError, match=rf"{other}: no \.txt or \.jsonl"):
-            list(read_documents([tmp_path / other]))
+    with pytest.raises(UserError, match=r"z.parquet: no \.txt or \.jsonl"):
+        list(read_documents([tmp_path / "d/z.parquet"]))
 
 
 def test_ten_books_are_bundled_and_joined_where_it_takes_several():
@@ -70,8 +69,7 @@ def test_what_cannot_be_used_is_the_users_mistake_in_one_line(tmp_path, capsys, 
     assert "no document of 64 tokens: the longest of 1 has" in said("c.txt", b"few")
     assert "nowhere" in said("nowhere")
     assert "d.txt: has NUL characters" in said("d.txt", prose(0, 100).encode("utf-16-be"))
-    line = complaint(eval_ppl.main, capsys, "--model", tiny, "--len", 64, "--data", "")
-    assert "argument --data: '' is none" in line
+    assert "no such" in complaint(eval_ppl.main, capsys, "--model", tiny, "--len", 64, "--data", "")  # not the cwd's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +96,7 @@ def test_the_same_text_twice_is_one_document_and_it_is_said(tiny, books, tmp_pat
     tokenizer, twice = load_tokenizer(tiny), [books / "book1.txt", books]
     found = windows(read_documents(twice), tokenizer, 64, 4)
     assert [name for name, _ in found] == ["book1.txt", "book0.txt", "book2.txt", "book3.txt"]
-    assert capsys.readouterr().err == "book1.txt: the same text as book1.txt, counts once\n"
+    assert capsys.readouterr().err == "book1.txt: the same 64 tokens as book1.txt, counts once\n"
     command = ["--model", tiny, "--rope", "none", "--len", "64", "--windows", "2", "--device", "cpu"]
     for data in (twice, [books]):
         eval_ppl.main([*map(str, command), "--out", str(tmp_path / str(len(data))), "--data", *map(str, data)])

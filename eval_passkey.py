@@ -30,26 +30,28 @@ ANSWER_TOKENS = 10  # decoded with --generate, as in the paper's code, or as man
 
 
 def make_prompt(tokenizer, length, depth, key):
-    """Token ids of a prompt with its answer, exactly `length` of them, and how many of the last are the key's.
+    """Token ids of a prompt with its answer, exactly `length` of them, how many of the last are the key's, and where
+    the middle of the key line is.
 
     depth 0 puts the key line at the start of the filler, 1 at its end. The filler is cut to the token, and begins anew
     behind the key line.
     """
-    def encode(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-    first = tokenizer.encode("").ids  # what the tokenizer adds by itself, a BOS or nothing
-    task, needle, question = first + encode(TASK), encode(NEEDLE.format(key=key)), encode(QUESTION)
-    answer = encode(f"{QUESTION} {key}")
+    def encode(text, before="\n"):  # as in the middle of a text: at its start some tokenizers add a space
+        start, whole = (tokenizer.encode(t, add_special_tokens=False).ids for t in (before, before + text))
+        return whole[len(start):]
+    needle, question, answer = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f"{QUESTION} {key}")
     if answer[:len(question)] != question:
         raise UserError("this tokenizer joins the question's end with the key")
-    newline, sentences = encode("\n"), encode(FILLER)
+    newline, sentences, task = encode("\n", "a"), encode(FILLER), tokenizer.encode(TASK, add_special_tokens=False).ids
+    whole = tokenizer.encode(TASK).ids  # with a BOS in front, as the tokenizer has it, but without an EOS behind
+    task = whole[:next(i for i in range(len(whole)) if whole[i:i + len(task)] == task) + len(task)]
     room = length - len(task) - len(needle) - len(answer) - 2 * len(newline)
     if room < 0:
         raise UserError(f"a pass-key prompt takes at least {length - room} tokens, not {length}: raise --len")
     before = round(depth * room)
     filler = sentences * (room // len(sentences) + 1)
     tokens = task + filler[:before] + newline + needle + filler[:room - before] + newline + answer
-    return tokens, len(answer) - len(question)
+    return tokens, len(answer) - len(question), len(task) + before + len(newline) + len(needle) // 2
 
 
 def make_trials(seed, lengths, depths, count):
@@ -61,7 +63,7 @@ def make_trials(seed, lengths, depths, count):
 
 def ask(model, tokenizer, trial, by_generating):
     """The trial with its answer. `exact`: greedy decoding begins with the key's own tokens; `hit` is what counts."""
-    tokens, count = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
+    tokens, count, _ = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
     cuda = model.unembedding.is_cuda
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -127,7 +129,7 @@ def main(argv=None):
     share_sequences(model, args.context_parallel, lengths)
     ropes = resolve_ropes(args.rope, lengths, model)
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
-    first, _ = make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])  # too short a --len shows now
+    first = make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])[0]  # too short a --len shows now
     in_vocabulary(model, torch.tensor(first))
     if args.generate and model.context:
         raise UserError("--generate goes without --context-parallel")

@@ -93,7 +93,7 @@ def passkey_documents(tokenizer, texts, count, ends=0.0):
     while count:
         length = rng.randint(110, WINDOW - 2) if rng.random() < 0.7 else WINDOW - 2
         depth = rng.choice((0.0, 1.0)) if ends and rng.random() < ends else rng.random()
-        tokens, _ = make_prompt(tokenizer, length, depth, f"{rng.randint(10000, 99999)}")
+        tokens, *_ = make_prompt(tokenizer, length, depth, f"{rng.randint(10000, 99999)}")
         book = rng.choice(texts)
         start = rng.randrange(max(1, len(book) - 10 * WINDOW))
         tokens += tokenizer.encode("\n\n" + book[start:start + 8 * WINDOW], add_special_tokens=False).ids

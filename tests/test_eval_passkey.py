@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BOS, WINDOW, complaint, make_rope, prose, random_factors, random_tokens, save_tiny
+from conftest import BOS, EOS, WINDOW, complaint, make_rope, prose, random_factors, random_tokens, save_tiny
 from test_eval_ppl import results, run_script
 from test_finetune_distributed import spawn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -55,7 +55,7 @@ def tokenizer(request):
 @pytest.mark.parametrize("depth", [0, 0.5, 1])
 def test_a_prompt_has_exactly_the_tokens_asked_for_and_ends_with_the_key(tokenizer, depth):
     for length in (200, 333):
-        tokens, count = make_prompt(tokenizer, length, depth, "41975")
+        tokens, count, middle = make_prompt(tokenizer, length, depth, "41975")
         text = tokenizer.decode(tokens)
         assert len(tokens) == length and tokens[0] == BOS
         assert tokenizer.decode(tokens[-count:]).strip() == "41975"
@@ -64,6 +64,20 @@ def test_a_prompt_has_exactly_the_tokens_asked_for_and_ends_with_the_key(tokeniz
         place = text.index("The pass key is 41975. Remember it. 41975 is the pass key.")
         room = end - start - len(NEEDLE.format(key=41975))
         assert text.startswith(TASK) and abs((place - start) / room - depth) < 0.05
+
+
+def test_no_spaces_come_in_at_the_seams_of_a_prompt_and_no_eos_behind_its_beginning():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()  # as Llama 2
+    tokenizer.train_from_iterator([TASK + FILLER + NEEDLE + QUESTION, "a\n\n0123456789"], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False))
+    plain = make_prompt(tokenizer, 400, 0.5, "41975")[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    assert make_prompt(tokenizer, 401, 0.5, "41975")[0] == [BOS, *plain]
+    before, needle, after = tokenizer.decode(plain).partition(NEEDLE.format(key=41975))
+    filler = before.removeprefix(TASK).removesuffix("\n"), after.removesuffix(f"\n{QUESTION} 41975")
+    assert needle and filler[0] and all((FILLER * 99).startswith(part) for part in filler)
 
 
 @pytest.mark.parametrize("length", [None, WINDOW], ids=["long factors", "short factors"])
@@ -98,7 +112,7 @@ def test_teacher_forced_and_greedy_decoding_agree_on_hits_and_on_misses(tokenize
     """A tiny model drilled on the first trial hits there and misses on the others."""
     save_tiny(tmp_path, vocab_size=1000, max_position_embeddings=512, initializer_range=0.02)
     model, end = load_model(tmp_path, device="cpu").requires_grad_(True), encode(tokenizer, ".\n")
-    prompt, count = make_prompt(tokenizer, 200, TRIALS[0]["depth"], TRIALS[0]["key"])
+    prompt, count, _ = make_prompt(tokenizer, 200, TRIALS[0]["depth"], TRIALS[0]["key"])
     drill, count = torch.tensor([prompt + end]), count + len(end)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -126,7 +140,7 @@ def test_the_first_number_counts_when_generating_and_exact_tokens_are_recorded_b
 def test_only_the_keys_logits_are_computed_and_they_are_the_models(tiny, tiny_model, monkeypatch):
     tokens, tokenizer, linear, rows = random_tokens(50)[0], load_tokenizer(tiny), F.linear, []
     expected = tiny_model(tokens[None])[0, -6:-1].argmax(-1).tolist()
-    monkeypatch.setattr(eval_passkey, "make_prompt", lambda *_: (tokens.tolist(), 5))
+    monkeypatch.setattr(eval_passkey, "make_prompt", lambda *_: (tokens.tolist(), 5, 0))
     monkeypatch.setattr(F, "linear", lambda x, weight, *bias: rows.append(
         len(x) if weight is tiny_model.unembedding else 0) or linear(x, weight, *bias))
     assert ask(tiny_model, tokenizer, TRIALS[0], False)["answer"] == tokenizer.decode(expected) and sum(rows) == 5

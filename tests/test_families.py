@@ -141,6 +141,16 @@ def test_the_ropes_of_configs_are_those_of_transformers(tmp_path, rope, old, cap
     assert_same_logits(model, hf, WINDOW, 4 * WINDOW)
 
 
+@pytest.mark.parametrize("changes", [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_scaling": None, "rope_parameters": YARN, "beta_fast": 2},
+    {"rope_parameters": LONGROPE | {"factor": None, "attention_factor": None}}, {"rope_parameters": None},
+    {"rope_parameters": LONGROPE | {"original_max_position_embeddings": float(WINDOW)}}])
+def test_what_is_null_or_said_twice_is_read_as_transformers_reads_it(tmp_path, changes):
+    save_family(tmp_path, "llama", rope=YARN | {"factor": 2.0}, max_position_embeddings=4 * WINDOW)
+    edit_config(tmp_path, **changes)
+    assert_same_logits(load_model(tmp_path, device="cpu"), transformers_model(tmp_path), WINDOW, 4 * WINDOW)
+
+
 def test_frequencies_and_a_tied_matrix_may_be_stored_too_but_not_another_matrix(tmp_path, capsys):
     hf = save_family(tmp_path, "qwen2, tied")
     state = load_file(file := tmp_path / "model.safetensors")

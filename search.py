@@ -5,8 +5,10 @@
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --len 2097152       # second stage, no more training
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --short --len 8192  # short-window recovery
 
-In --out: rope.json, the best factors so far at any time; history.jsonl, a line for each candidate evaluated, from which
-the same command goes on where it was stopped; search.png.
+The paper's search to the letter is --fitness ppl --screening 1 --n-hat search --samples 5 --population-size 64
+--num-mutations 16 --num-crossovers 16 --num-parents 32 --iterations 40; here fewer candidates find one set that also
+retrieves. In --out: rope.json, the best factors so far at any time; history.jsonl, a line for each candidate evaluated,
+from which the same command goes on where it was stopped; search.png.
 """
 import itertools
 import math
@@ -17,24 +19,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+from eval_passkey import make_prompt, make_trials
 from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash, describe,
                       forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank,
                       read_documents, reading, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
-                      share_sequences, spread, su_factor, warm_up, weight_files, whole, window_nll, windows, world_size,
-                      write_json, yarn_factor)
+                      share_sequences, spread, su_factor, token_nll, warm_up, warn, weight_files, whole, window_nll,
+                      windows, world_size, write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
 # that the search multiplies onto, one n_hat and one attention factor as they will be used.
 
 BASELINES = ("pi", "ntk", "yarn")
-PAPER = {"samples": 5, "population_size": 64, "num_mutations": 16, "num_crossovers": 16, "num_parents": 32,
-         "iterations": 40}
-PAPER_ABOVE_512K = PAPER | {"samples": 3, "population_size": 32, "num_mutations": 8, "num_crossovers": 8}
-ON_CPU = {"samples": 2, "population_size": 16, "num_mutations": 5, "num_crossovers": 3, "num_parents": 6,
-          "iterations": 2}
+SIZES = {"population_size": 8, "num_mutations": 5, "num_crossovers": 3, "num_parents": 8, "iterations": 36}
+ON_CPU = SIZES | {"population_size": 4, "iterations": 2}
+SLOW_LEAST = 1.19  # of lambda_i / s in slow pairs; with less, angles that the model never saw cost it pass keys
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # table 4 of the paper
 MUTATION_PROB = 0.3  # p, of a gene
 
@@ -117,29 +119,30 @@ def unseen(make, count, seen):
 
 
 def search(args, rng, starts, space, evaluate):
-    """The best candidate after `args.iterations` generations, or `args.max_evals` evaluations.
+    """All candidates, the best first, after `args.iterations` generations, or `args.max_evals` evaluations.
 
-    starts: {candidate: name}, PI, NTK, YaRN and what else the search begins with. evaluate({candidate: origin},
-    iteration) -> {candidate: its NLL}.
+    starts: {candidate: name}, plain RoPE, PI, NTK, YaRN and what else the search begins with. evaluate({candidate:
+    origin}, iteration) -> {candidate: its fitness}, which is to be small.
     """
     first = list(starts)
     mutants = unseen(lambda: mutate(rng, first[rng.integers(len(first))], space), args.population_size - len(first),
                      starts)
     population = starts | dict.fromkeys(mutants, "mutation")
-    nll = {}  # of every candidate ever evaluated
+    fitness = {}  # of every candidate ever evaluated
     for iteration in itertools.count():
-        allowed = itertools.islice(population.items(), args.max_evals - len(nll))
-        nll |= evaluate(dict(allowed), iteration)
-        parents = sorted(nll, key=nll.get)[:args.num_parents]  # the top k stay, with the NLL they have
-        if iteration == args.iterations or len(nll) == args.max_evals:
-            return parents[0]
+        allowed = itertools.islice(population.items(), args.max_evals - len(fitness))
+        fitness |= evaluate(dict(allowed), iteration)
+        ranking = sorted(fitness, key=fitness.get)
+        if iteration == args.iterations or len(fitness) == args.max_evals:
+            return ranking
+        parents = ranking[:args.num_parents]  # the top k stay, with the fitness they have
         mutants = unseen(lambda: mutant(args, rng, parents[rng.integers(len(parents))], space),
-                         args.screening * args.num_mutations, nll)
+                         args.screening * args.num_mutations, fitness)
         children = unseen(lambda: crossover(rng, *(parents[i] for i in rng.choice(len(parents), 2, replace=False))),
-                          args.screening * args.num_crossovers if len(parents) > 1 else 0, {*nll, *mutants})
+                          args.screening * args.num_crossovers if len(parents) > 1 else 0, {*fitness, *mutants})
         population = dict.fromkeys(mutants, "mutation") | dict.fromkeys(children, "crossover")
         if args.screening > 1 and population:
-            chosen = promising(list(population), nll, args.num_mutations + args.num_crossovers)
+            chosen = promising(list(population), fitness, args.num_mutations + args.num_crossovers)
             population = {candidate: population[candidate] for candidate in chosen}
 
 
@@ -148,14 +151,14 @@ def mutant(args, rng, parent, space):
     return shift(rng, parent, space) if args.screening > 1 and rng.integers(2) else mutate(rng, parent, space)
 
 
-def promising(candidates, nll, count):
-    """Screening: the `count` of `candidates` whose NLL a Gaussian process expects to be lowest.
+def promising(candidates, fitness, count):
+    """Screening: the `count` of `candidates` whose fitness a Gaussian process expects to be lowest.
 
-    It is fitted to the best 200 so far: x = (log lambda, n_hat, attention factor), y = log(NLL - 0.99 lowest NLL), to
+    It is fitted to the best 200 so far: x = (log lambda, n_hat, attention factor), y = log(fitness - 0.99 lowest), to
     spread out the good ones; the kernel is exp(-|x - x'|^2 / 2 l^2) with noise on the diagonal, l and noise of the
     highest likelihood. No randomness and one thread: all processes choose the same.
     """
-    best = sorted(nll, key=nll.get)[:200]
+    best = sorted(fitness, key=fitness.get)[:200]
 
     def features(some):  # (N, D/2 + 2), so scaled that a step in each matters alike
         return torch.tensor([(*map(math.log, c.rescale_factors), math.log2(1 + c.n_hat) / 10, 10 * c.attention_factor)
@@ -163,8 +166,8 @@ def promising(candidates, nll, count):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     x, new = features(best), features(candidates)
-    total = torch.tensor([nll[c] for c in best], dtype=torch.float64)
-    y = (total - 0.99 * total[0] + 1e-9).log()
+    y = torch.tensor([fitness[c] for c in best], dtype=torch.float64)
+    y = (y - 0.99 * y[0] + 1e-9).log()
     y = (y - y.mean()) / y.std(correction=0).clamp(min=1e-9)
     fits = []
     for length, noise in itertools.product((0.5, 1, 2, 4), (1e-4, 1e-2)):
@@ -205,7 +208,8 @@ def first_stage(rope, length):
     """From the window that the model was trained on, onto what it was trained with."""
     window = rope.original_max_position_embeddings
     trained = replace(rope, long=rope.trained, scale=1.0, short=None, short_max_length=0)
-    return Problem(trained, rope.trained, window, length / window, {}, short=False)
+    known = {"none": plain(len(rope.trained.rescale_factors))}  # the best of all where theta is a million
+    return Problem(trained, rope.trained, window, length / window, known, short=False)
 
 
 def second_stage(rope, length):
@@ -221,10 +225,53 @@ def recovery(rope, length):
                    {"none": plain(len(long.rescale_factors)), "long": long}, short=True)
 
 
-def fitness(model, rope, tokens):
-    """Summed -log p of a window of text (T,) under a rope: what the search makes small."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Fitness: NLL a token, and a little of what a pass key's costs. Perplexity alone is blind to slow pairs at angles that
+# were never trained: it loses next to nothing there, retrieval everything.
+
+KEY_WEIGHT = 0.015  # of the key's NLL, some six tokens
+PIECES = 9          # of a prompt
+KEYS = 10           # in the table at the end
+
+
+def piece_size(length):
+    return min(max(length // 64, 128), 512)
+
+
+def pieces(length, middle):
+    """The places (n,) of a pass-key prompt's tokens (T,) that are kept, in PIECES runs: that around the key line, whose
+    middle is given, and others evenly from the start to the question. At their true positions they tell ropes apart
+    as whole prompts do, and from 32768 tokens on they cost the same for every length."""
+    size = min(piece_size(length), length)
+    starts = [*np.linspace(0, length - size, PIECES - 1).round().astype(int), middle - size // 2]
+    return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))
+
+
+@torch.inference_mode()
+def ask(model, rope, prompts):
+    """(-log p of the keys, a mean over prompts; how many are the argmax all through). prompts: [(tokens (T,), places
+    that are kept (n,), tokens of the key)]."""
+    device, context, nll, found = model.unembedding.device, model.context, 0.0, 0
+    cos, sin = rope.table(len(prompts[0][0]), device)
+    model.context = None  # they are short enough for one process
+    for tokens, kept, count in prompts:
+        kept = torch.from_numpy(kept).to(device)
+        tokens = tokens.to(device)[kept]
+        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
+        nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
+        found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
+    model.context = context
+    if not math.isfinite(nll):
+        raise UserError("the loss of a pass key is not finite: weights or factors are broken")
+    return nll, found
+
+
+def measure(model, rope, item):
+    """Of a window of text (T,) the summed -log p; of pass-key prompts what `ask` says."""
+    if isinstance(item, list):
+        return ask(model, rope, item)
     model.rope = rope
-    return window_nll(model, tokens).sum().item()
+    return window_nll(model, item).sum().item()
 
 
 # =====================================================================================================================
@@ -248,8 +295,8 @@ def first_candidates(args, problem, start=None):
     if args.attention_factor == "search":
         low, high = 1.0, round(1.25 * fixed["su"], 2)
     slow = problem.window / (2 * math.pi) * inv_freq_of(base, rope.rope_theta) < 1  # no full turn within the window
-    least = round((args.slow_least or 0) * beyond, 2)
-    if args.slow_least is not None and not (beyond > 1 and slow.any() and 1 < least <= largest):
+    least = round(args.bound * beyond, 2)
+    if args.slow_least and not (beyond > 1 and slow.any() and 1 < least <= largest):
         raise UserError(f"--slow-least {args.slow_least:g} bounds nothing, or above {largest:g}, the largest factor: "
                         f"{slow.sum()} pairs are slow, s is {beyond:.4g}")
     smallest = np.maximum.accumulate(np.where(slow, max(1.0, least), 1.0))
@@ -288,81 +335,92 @@ def ropes_to_compare(args, problem):
     return ropes
 
 
-def nll_of_each(args, model, tasks):
-    """Yield the NLL of each (rope, tokens), dealt to torchrun's processes, in order: so sums do not depend on them."""
+def each(args, model, tasks):
+    """Yield what `measure` says of each (rope, item), dealt to torchrun's processes, in order: so sums do not depend on
+    their number."""
     together = world_size() // args.context_parallel
     for at in range(0, len(tasks), together):
-        yield from spread(lambda task: fitness(model, *task), tasks[at:at + together], args.context_parallel)
+        yield from spread(lambda task: measure(model, *task), tasks[at:at + together], args.context_parallel)
 
 
 class Evaluator:
     """Measures populations for `search`, and keeps the bar, the journal, and rope.json, the best so far."""
 
-    def __init__(self, args, model, problem, documents, journal, record):
-        self.args, self.model, self.problem, self.documents = args, model, problem, documents
-        self.journal, self.record, self.nll, self.tokens = journal, record, {}, len(documents) * (args.len - 1)
+    def __init__(self, args, model, problem, documents, prompts, journal, record):
+        self.args, self.model, self.problem, self.items = args, model, problem, [*documents, *[prompts] * bool(prompts)]
+        self.journal, self.record, self.rows, self.tokens = journal, record, {}, args.samples * (args.len - 1)
         for row in journal.rows:
             if genes := row.get("genes"):
-                candidate = Factors(**genes | {"rescale_factors": tuple(genes["rescale_factors"])})
-                self.nll[candidate] = math.fsum(row["nll"])
-        self.bar = tqdm(total=args.max_evals, initial=min(len(self.nll), args.max_evals), desc="search",
+                self.rows[Factors(**genes | {"rescale_factors": tuple(genes["rescale_factors"])})] = row
+        self.bar = tqdm(total=args.max_evals, initial=min(len(self.rows), args.max_evals), desc="search",
                         unit="candidate", disable=rank() > 0)
-        if self.nll:
+        if self.rows:
             self.save()
 
     def __call__(self, population, iteration):
-        ropes = {c: self.problem.put(c, self.args.len) for c in population if c not in self.nll}
-        every = nll_of_each(self.args, self.model, [(rope, d) for rope in ropes.values() for d in self.documents])
+        ropes = {c: self.problem.put(c, self.args.len) for c in population if c not in self.rows}
+        every = each(self.args, self.model, [(rope, item) for rope in ropes.values() for item in self.items])
         for candidate in ropes:
-            begun, nlls = time.perf_counter(), list(itertools.islice(every, len(self.documents)))
-            self.nll[candidate] = math.fsum(nlls)
-            self.journal.write({
+            begun, found = time.perf_counter(), list(itertools.islice(every, len(self.items)))
+            nlls, (answer, keys) = found[:self.args.samples], [*found, (0.0, 0)][self.args.samples]
+            self.rows[candidate] = {
                 "iteration": iteration, "origin": population[candidate], "genes": asdict(candidate), "nll": nlls,
-                "ppl": perplexity(nlls, self.tokens), "seconds": round(time.perf_counter() - begun, 3)})
-            if candidate == min(self.nll, key=self.nll.get):
+                "answer_nll": answer, "keys": keys, "fitness": math.fsum(nlls) / self.tokens + KEY_WEIGHT * answer,
+                "ppl": perplexity(nlls, self.tokens),
+                "seconds": round(time.perf_counter() - begun, 3)}
+            self.journal.write(self.rows[candidate])
+            if candidate == self.best():
                 self.save()
             self.bar.update()
-        return {candidate: self.nll[candidate] for candidate in population}
+        return {candidate: self.rows[candidate]["fitness"] for candidate in population}
+
+    def best(self):
+        return min(self.rows, key=lambda candidate: self.rows[candidate]["fitness"])
 
     def save(self, rope=None, **more):
         """rope.json: `rope`, or the best so far."""
-        best = min(self.nll, key=self.nll.get)
-        rope, ppl = rope or self.problem.put(best, self.args.len), perplexity([self.nll[best]], self.tokens)
-        self.bar.set_postfix_str(f"best perplexity {ppl:.3f}", refresh=False)
+        best = self.rows[candidate := self.best()]
+        self.bar.set_postfix_str(f"best fitness {best['fitness']:.4f}", refresh=False)
         if rank() == 0:
-            write_json(self.args.out / "rope.json", rope_to_dict(rope) | {
-                "search": self.record | {"perplexity": ppl, "evaluations": len(self.nll)} | more})
+            write_json(self.args.out / "rope.json", rope_to_dict(rope or self.problem.put(candidate, self.args.len)) | {
+                "search": self.record | {"perplexity": best["ppl"], "evaluations": len(self.rows)} | more})
 
 
-def compare(args, model, ropes, documents, journal):
-    """A row for each rope: perplexity on the first args.samples documents, the search's, and on the others."""
+def compare(args, model, ropes, documents, searched, which, prompts, journal):
+    """A row for each rope: perplexity on the documents of the search, on the others, and what is found of the keys of
+    prompts[which]. What the journal has already is not measured again."""
     keys = {name: sha256_of(rope_to_dict(rope)) for name, rope in ropes.items()}
-    known = {(row["rope"], row["document"]): row["nll"] for row in journal.rows if "rope" in row}
-    left = {(keys[name], d): (rope, tokens) for name, rope in ropes.items() for d, tokens in enumerate(documents)
-            if (keys[name], d) not in known}
-    every = nll_of_each(args, model, [*left.values()])
-    for key, d in tqdm(left, "compare", leave=False, unit="window", disable=rank() > 0):
-        known[key, d] = next(every)
-        journal.write({"rope": key, "document": d, "nll": known[key, d]})
-
-    def over(name, some):
-        return perplexity([known[keys[name], d] for d in some], len(some) * (args.len - 1))
-    on, off = range(args.samples), range(args.samples, len(documents))
-    return [{"rope": name, "attention_factor": rope.at(args.len).attention_factor, "search": over(name, on),
-             "unseen": over(name, off)} for name, rope in ropes.items()]
+    known = {(row["rope"], row["item"]): row["found"] for row in journal.rows if "rope" in row}
+    items = dict(enumerate(documents)) | ({which: prompts[which]} if prompts[which] else {})
+    left = {(keys[name], label): (rope, item) for name, rope in ropes.items() for label, item in items.items()
+            if (keys[name], label) not in known}
+    every = each(args, model, [*left.values()])
+    for key in tqdm(left, which, leave=False, disable=rank() > 0):
+        known[key] = next(every)
+        journal.write({"rope": key[0], "item": key[1], "found": known[key]})
+    rows = []
+    for name, rope in ropes.items():
+        nlls = [known[keys[name], d] for d in range(len(documents))]
+        on, off = (perplexity(some, len(some) * (args.len - 1)) for some in (nlls[:searched], nlls[searched:]))
+        answer, found = known.get((keys[name], which), (0.0, None))
+        weight = KEY_WEIGHT if args.fitness == "keys" else 0.0
+        rows.append({"rope": name, "attention_factor": rope.at(args.len).attention_factor, "search": on, "unseen": off,
+                     "keys": found, "fitness": math.log(on) + weight * answer})
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the user sees
 
 
-def say_table(rows, length, samples, unseen):
-    say(f"\nperplexity at {length} tokens, one window a document")
-    say(f"{'rope':10}{'attention factor':>18}{f'{samples} searched on':>18}{f'{unseen} unseen':>14}")
+def say_table(args, rows, searched, unseen):
+    say(f"\nperplexity at {args.len} tokens, one window a document; pass keys found of {KEYS}"
+        + ("" if args.whole_prompts else ", by pieces of the prompts"))
+    say(f"{'rope':10}{'attention factor':>18}{f'{searched} searched on':>18}{f'{unseen} unseen':>14}{'keys':>8}")
     for row in rows:
-        on, off = ("-" if ppl is None else f"{ppl:.3f}" if ppl < 1e6 else f"{ppl:.2e}"
-                   for ppl in (row["search"], row["unseen"]))
-        say(f"{row['rope']:10}{row['attention_factor']:18.3f}{on:>18}{off:>14}")
+        on, off, keys = ("-" if x is None else f"{x:.2e}" if x > 1e6 else f"{x:.3f}" if type(x) is float else x
+                         for x in (row["search"], row["unseen"], row["keys"]))
+        say(f"{row['rope']:10}{row['attention_factor']:18.3f}{on:>18}{off:>14}{keys:>8}")
     for where in ("search", "unseen") if unseen else ("search",):
         other = min(rows[:-1], key=lambda row: row[where])
         gain = 1 - rows[-1][where] / other[where]
@@ -375,61 +433,67 @@ def plot(ropes, length, rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    starts = {row["origin"]: row["ppl"] for row in rows if row.get("origin") in ropes}
-    ppl = [row["ppl"] for row in rows if "ppl" in row]
-    colors = {name: f"C{i}" for i, name in enumerate(ropes)}
+    starts = {row["origin"]: row["fitness"] for row in rows if row.get("origin") in ropes}
+    found = [row["fitness"] for row in rows if "genes" in row]
+    colors, height = {name: f"C{i}" for i, name in enumerate(ropes)}, max(np.median(found) - min(found), 0.003)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, rope in ropes.items():
         left.plot(rope.at(length).rescale_factors, label=name, color=colors[name])
     for name, start in starts.items():
         right.axhline(start, lw=1, ls="--", color=colors[name])
-    right.plot(ppl, ".", color="gray", label="a candidate")
-    right.plot(np.minimum.accumulate(ppl), color=colors["searched"], drawstyle="steps-post", label="the best so far")
+    right.plot(found, ".", color="gray", label="a candidate")
+    right.plot(np.minimum.accumulate(found), color=colors["searched"], drawstyle="steps-post", label="the best so far")
     left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$", yscale="log")
-    right.set(xlabel="candidates evaluated", ylabel="perplexity on the search's documents",
-              ylim=(None, min(ppl) + 5 * max(np.median(ppl) - min(ppl), 0.01 * min(ppl))))
+    right.set(xlabel="candidates evaluated", ylabel=f"fitness: NLL a token + {KEY_WEIGHT} of a pass key's",
+              ylim=(min(found) - 0.2 * height, min(found) + 5 * height))
     left.legend()
     right.legend()
     fig.savefig(path, dpi=120)
 
 
-def say_cost(args, model, tokens, candidates):
-    """What so many candidates will take, by a probe of the machine."""
+def say_cost(args, model, tokens, prompts, candidates, others):
+    """What so many candidates and `others` windows will take, by a probe of the machine."""
     on_cpu = model.unembedding.device.type == "cpu"
     probe = tokens[:2048] if on_cpu and args.context_parallel == 1 else tokens
     warm_up(model, len(probe))
     begun = time.perf_counter()
     window_nll(model, probe)
-    seconds = (time.perf_counter() - begun) * forward_flops(model, args.len) / forward_flops(model, len(probe))
-    seconds *= candidates * args.samples * args.context_parallel / world_size()
-    say(f"{candidates} candidates, on {args.samples} documents of {args.len} tokens, take about "
-        f"{tqdm.format_interval(seconds)}" + "; try a smaller --len or --max-evals" * (on_cpu and seconds > 1800))
+    flops = (candidates * args.samples + others) * forward_flops(model, args.len)
+    flops += candidates * sum(forward_flops(model, len(kept)) for _, kept, _ in prompts)
+    seconds = (time.perf_counter() - begun) * flops / forward_flops(model, len(probe))
+    seconds *= args.context_parallel / world_size()
+    say(f"{candidates} candidates, on {args.samples} document{'s' * (args.samples > 1)} of {args.len} tokens and "
+        f"{len(prompts)} pass keys, take about {tqdm.format_interval(seconds)}" + (
+            f"; shorter: --len {max(args.len // 8, 2 * model.window)} --max-evals 16" * (on_cpu and seconds > 1800)))
 
 
 def parser():
     p = Parser(__doc__)
     add = p.add_argument
     add("--len", type=partial(whole, least=2), help="target length (default: 8 windows of the model, with --short one)")
-    for key, least, what in (("samples", 1, "documents a candidate is evaluated on, without --data 2"),
-                             ("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
+    add("--samples", type=natural, metavar="N", help="documents a candidate is evaluated on (default: of 32768 tokens "
+        "together, at most 4, on a CPU 1)")
+    for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
         add(f"--{key.replace('_', '-')}", type=partial(whole, least=least, most=100_000), metavar="N",
-            help=f"{what} (default: the paper's {PAPER[key]}, {PAPER_ABOVE_512K[key]} above 512k tokens; "
-            f"{ON_CPU[key]} on a CPU)")
+            help=f"{what} (default: {SIZES[key]}" + f", on a CPU {ON_CPU[key]})" * (SIZES[key] != ON_CPU[key]))
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
         help="search = a gene (default: 0, as no other program knows it)")
     add("--attention-factor", metavar="su|yarn|none|NUMBER|search",
         help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; with --short "
         "and no --export search, since Hugging Face has one for both sets)")
     add("--slow-least", type=float, metavar="R", help="no factor below R s, R up to 1.25, for slow pairs, those that "
-        "make no full turn within the window; 1.19 keeps pass keys (default: no such bound, as in the paper)")
+        "make no full turn within the window: it keeps pass keys; 0 where plain RoPE beats formulas, as in Qwen2.5 "
+        f"(default: {SLOW_LEAST}; 0, as in the paper, with --fitness ppl or --short)")
     add("--start-from", dest="start", type=Path, metavar="ROPE",
         help="rope.json, say of another length, whose factors, put within the bounds, are a first candidate, too")
     add("--init", type=Path, metavar="ROPE", help="rope.json of a fine-tuned model: search a second stage on top of it")
     add("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     add("--screening", type=natural, default=64, metavar="N",
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
+    add("--fitness", choices=["keys", "ppl"], default="keys",
+        help=f"keys = NLL a token + {KEY_WEIGHT} of a pass key's NLL, ppl = the first alone, as in the paper")
     add("--max-evals", type=natural, metavar="N", help="stop after so many candidates")
     add("--out", type=Path, help="directory of the result (default: out/search-LEN, or -LEN-short)")
     add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result, too")
@@ -446,10 +510,13 @@ def fill_in(args, model):
             args.attention_factor = float(args.attention_factor)
             if not 0.01 < args.attention_factor < 100:
                 raise ValueError("not between 0.01 and 100")
-    paper = PAPER_ABOVE_512K if args.len > 512 * 1024 else PAPER
-    defaults = ON_CPU if model.unembedding.device.type == "cpu" else paper
-    if not args.data:  # the other bundled books are to compare on
-        defaults = defaults | {"samples": 2}
+    on_cpu, keys = model.unembedding.device.type == "cpu", args.fitness == "keys" and not args.short
+    args.bound = SLOW_LEAST * keys if args.slow_least is None else args.slow_least
+    args.samples = args.samples or (1 if on_cpu else min(max(1, 32768 // args.len), 4))
+    # how many candidates are measured again before the table, and whether its prompts are read whole
+    args.last, args.whole_prompts = (3, False) if on_cpu else (12, args.len <= 131072 and args.context_parallel == 1)
+    args.documents = max(2 * args.samples, 4 if on_cpu else 10)  # half of them to compare on
+    defaults = ON_CPU if on_cpu else SIZES
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
     if args.start and args.start.resolve() == (args.out / "rope.json").resolve():
         raise UserError(f"--start-from {args.start} is where the result goes; give another --out")
@@ -472,6 +539,28 @@ def problem_of(args, model):
     return problem
 
 
+def read_data(args, model, tokenizer):
+    """(names, documents, how many of them are the search's, {"search", "last", "table": prompts that `ask` takes})."""
+    documents = read_documents(args.data, 5 * args.len)
+    names, documents = zip(*windows(documents, tokenizer, args.len, args.documents))
+    in_vocabulary(model, torch.stack(documents))
+    args.samples = min(args.samples, len(documents))
+    prompts = {"search": 5 * (args.fitness == "keys"), "last": KEYS * (args.fitness == "keys"), "table": KEYS}
+    try:
+        for name, count in prompts.items():
+            trials = make_trials(f"{name} {args.seed}", [args.len], count, 1)
+            made = [make_prompt(tokenizer, args.len, t["depth"], t["key"]) for t in trials]
+            whole = name == "table" and args.whole_prompts
+            prompts[name] = [(torch.tensor(tokens), np.arange(args.len) if whole else pieces(args.len, middle), answer)
+                             for tokens, answer, middle in made]
+    except UserError as e:
+        warn(f"no pass keys: {e}")
+        prompts = dict.fromkeys(prompts, [])
+    for tokens, *_ in itertools.chain(*prompts.values()):
+        in_vocabulary(model, tokens)
+    return names, documents, max(args.samples, len(documents) // 2), prompts
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     model = begin(args)
@@ -482,33 +571,38 @@ def main(argv=None):
     start = resolve_rope(args.start, model, args.len).at(args.len) if args.start else None
     space, starts = first_candidates(args, problem, start)
     ropes = ropes_to_compare(args, problem)
-    names, documents = zip(*windows(read_documents(args.data, 5 * args.len), tokenizer, args.len, 2 * args.samples))
-    in_vocabulary(model, torch.stack(documents))
-    args.samples = min(args.samples, len(documents))  # the others are to compare on
+    names, documents, searched, prompts = read_data(args, model, tokenizer)
 
-    same = [*PAPER, "len", "seed", "n_hat", "attention_factor", "slow_least", "short", "screening", "context_parallel"]
+    same = [*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "bound", "short", "screening",
+            "context_parallel", "fitness"]
     same.remove("iterations")  # which may grow
     setup = describe(model, tokenizer) | {key: getattr(args, key) for key in same} | {
         "data_sha256": data_hash(documents), "base": rope_to_dict(problem.rope),
         "starts": sha256_of([asdict(c) for c in starts])}
-    record = {"model": str(args.model), "data": names[:args.samples],
+    record = {"model": str(args.model), "data": names[:searched],
               "data_sha256": setup["data_sha256"], "target_length": args.len, "seed": args.seed} | recorded(args)
     journal = Journal(args.out / "history.jsonl", setup, record, ["rope.json"])
-    say_cost(args, model, documents[0], max(0, args.max_evals - sum("genes" in row for row in journal.rows)))
-    evaluate = Evaluator(args, model, problem, documents[:args.samples], journal, record)
-    best = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
+    say_cost(args, model, documents[0], prompts["search"],
+             max(0, args.max_evals - sum("genes" in row for row in journal.rows)),
+             args.last * searched + (len(ropes) + 1) * len(documents))
+    evaluate = Evaluator(args, model, problem, documents[:args.samples], prompts["search"], journal, record)
+    ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     evaluate.bar.close()
+    more = args.last if searched > args.samples or prompts["last"] else 1
+    last = {candidate: problem.put(candidate, args.len) for candidate in ranking[:more]}
+    rows = compare(args, model, last, documents[:searched], searched, "last", prompts, journal)
+    best = min(rows, key=lambda row: row["fitness"])["rope"]
 
     if start:
         ropes["start"] = problem.put(next(iter(starts)), args.len)
     ropes["searched"] = problem.put(best, args.len)
-    rows = compare(args, model, ropes, documents, journal)
-    say_table(rows, args.len, args.samples, len(documents) - args.samples)
+    rows = compare(args, model, ropes, documents, searched, "table", prompts, journal)
+    say_table(args, rows, searched, len(documents) - searched)
     kept = rows[-1]
     if args.short:  # plain RoPE or the long set, out of its range, may be better
         least = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors
         allowed = [row for row in rows if (ropes[row["rope"]].at(args.len).rescale_factors >= least).all()]
-        kept = min(reversed(allowed), key=lambda row: row["search"])  # a tie is the search's
+        kept = min(reversed(allowed), key=lambda row: row["fitness"])  # a tie is the search's
     model.rope = ropes[kept["rope"]]
     evaluate.save(model.rope, perplexity=kept["search"], kept=kept["rope"], comparison=rows)
     if rank() == 0:

@@ -142,7 +142,7 @@ def test_the_ropes_of_configs_are_those_of_transformers(tmp_path, rope, old, cap
 
 
 @pytest.mark.parametrize("changes", [
-    {"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_scaling": None, "rope_parameters": YARN, "beta_fast": 2},
+    {"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_parameters": YARN, "beta_fast": 2},
     {"rope_parameters": LONGROPE | {"factor": None, "attention_factor": None}}, {"rope_parameters": None},
     {"rope_parameters": LONGROPE | {"original_max_position_embeddings": float(WINDOW)}}])
 def test_what_is_null_or_said_twice_is_read_as_transformers_reads_it(tmp_path, changes):

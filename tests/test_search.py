@@ -1,4 +1,4 @@
-"""The operators, Algorithm 1, screening, what is searched. (Whole runs are in test_search_runs.py.)"""
+"""The operators, Algorithm 1, screening, what is searched, pass keys. (Whole runs are in test_search_runs.py.)"""
 import itertools
 import math
 from dataclasses import replace
@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD_DIM, WINDOW, make_rope, random_factors
+import torch.nn.functional as F
+from conftest import HEAD_DIM, VOCAB, WINDOW, make_rope, random_factors, random_tokens
 
 import search
-from longrope import FORMULAS, Factors, UserError, plain, su_factor
-from search import (BASELINES, N_HAT, Space, crossover, first_stage, is_monotone, mutate, promising, recovery,
-                    second_stage, shift)
+from eval_passkey import NEEDLE, QUESTION, make_prompt
+from longrope import FORMULAS, Factors, UserError, load_tokenizer, plain, su_factor
+from search import (BASELINES, N_HAT, PIECES, Space, ask, crossover, first_stage, is_monotone, mutate, piece_size,
+                    pieces, promising, recovery, second_stage, shift)
 
 PAIRS, DRAWS = HEAD_DIM // 2, 1000
 
@@ -163,18 +165,20 @@ def distance(c):
 
 
 def fake_search(seed=0, *changes, starts=STARTS, within=None, nll=distance):
-    """The best candidate, and (candidate, origin, iteration) of all that were evaluated, in their order."""
+    """The candidates, the best first, and (candidate, origin, iteration) of all evaluated, in their order."""
     calls = []
 
     def evaluate(population, iteration):
         calls.extend((c, origin, iteration) for c, origin in population.items())
         return {c: nll(c) for c in population}
     rng = np.random.default_rng(seed)
-    return search.search(arguments(*changes), rng, starts, within or space(8.13), evaluate), calls
+    ranking = search.search(arguments(*changes), rng, starts, within or space(8.13), evaluate)
+    assert ranking == sorted((c for c, *_ in calls), key=nll)
+    return ranking, calls
 
 
 def test_the_search_evaluates_pi_ntk_yarn_and_their_mutants_then_mutants_and_children_every_iteration():
-    best, calls = fake_search()
+    calls = fake_search()[1]
     by_iteration = [[origin for _, origin, t in calls if t == iteration] for iteration in range(9)]
     assert by_iteration == [["pi", "ntk", "yarn"] + ["mutation"] * 9] + [["mutation"] * 6 + ["crossover"] * 5] * 8
     assert [t for *_, t in calls] == sorted(t for *_, t in calls) and [c for c, *_ in calls[:3]] == [*STARTS]
@@ -182,7 +186,6 @@ def test_the_search_evaluates_pi_ntk_yarn_and_their_mutants_then_mutants_and_chi
         assert max(np.equal(c.rescale_factors, base.rescale_factors).sum() for base in STARTS) >= PAIRS * 0.4
     for c, *_ in calls:
         assert good(c.rescale_factors, 8.13) and c.n_hat in N_HAT
-    assert best == min((c for c, *_ in calls), key=distance)
 
 
 @pytest.mark.parametrize("screening", ["1", "4"])
@@ -197,13 +200,12 @@ def test_nothing_is_evaluated_twice_and_the_same_seed_is_the_same_search(monkeyp
 def test_a_space_that_is_used_up_ends_the_search(screening):
     """Two pairs between 1 and 1.01 and one n_hat: three points."""
     starts = {candidate((1.0, 1.0)): "pi", candidate((1.01, 1.01)): "ntk"}
-    best, calls = fake_search(0, "--screening", screening, starts=starts, nll=lambda c: sum(c.rescale_factors),
-                              within=space(1.01, (0,), smallest=(1.0, 1.0)))
-    assert best == candidate((1.0, 1.0))
-    assert sorted(c.rescale_factors for c, *_ in calls) == [(1.0, 1.0), (1.0, 1.01), (1.01, 1.01)]
+    ranking, calls = fake_search(0, "--screening", screening, starts=starts, nll=lambda c: sum(c.rescale_factors),
+                                 within=space(1.01, (0,), smallest=(1.0, 1.0)))
+    assert [c.rescale_factors for c in ranking] == [(1.0, 1.0), (1.0, 1.01), (1.01, 1.01)] and len(calls) == 3
 
 
-def test_parents_are_the_top_k_of_all_that_was_evaluated_and_the_best_is_returned(monkeypatch):
+def test_parents_are_the_top_k_of_all_that_was_evaluated_and_all_are_returned_the_best_first(monkeypatch):
     used, evaluated, ranks, older, last = [], [], set(), [], []
     monkeypatch.setattr(search, "mutate", lambda rng, p, space: [used.append(p), mutate(rng, p, space)][1])
     monkeypatch.setattr(search, "crossover", lambda rng, a, b: [used.extend((a, b)), crossover(rng, a, b)][1])
@@ -218,16 +220,15 @@ def test_parents_are_the_top_k_of_all_that_was_evaluated_and_the_best_is_returne
         used[:], last[:] = [], population
         return {c: distance(c) for c in population}
 
-    best = search.search(arguments(), np.random.default_rng(0), STARTS, space(10.0), evaluate)
-    assert best == min(evaluated, key=distance)
+    ranking = search.search(arguments(), np.random.default_rng(0), STARTS, space(10.0), evaluate)
+    assert ranking == sorted(evaluated, key=distance)
     assert ranks == set(range(7)) and any(older)  # all of the top k have offspring, and stay while nothing better comes
 
 
 def test_max_evals_and_iterations_end_the_search_early():
     everything = fake_search()[1]
     for limit in (1, 5, 12, 20, 23, 29):
-        best, calls = fake_search(0, "--max-evals", str(limit))
-        assert calls == everything[:limit] and best == min((c for c, *_ in calls), key=distance)
+        assert fake_search(0, "--max-evals", str(limit))[1] == everything[:limit]
     for iterations in (0, 3):
         assert fake_search(0, "--iterations", str(iterations))[1] == everything[:12 + 11 * iterations]
 
@@ -275,7 +276,7 @@ def test_screening_runs_in_one_thread(monkeypatch):
 
 def test_the_search_comes_nearer_to_the_target_than_pi_ntk_and_yarn_and_sooner_with_screening():
     def best(seed, *changes):
-        return distance(fake_search(seed, *changes)[0])
+        return distance(fake_search(seed, *changes)[0][0])
     for seed in range(3):
         assert best(seed, "--screening", "64") < 0.8 * best(seed)
         assert best(seed, "--iterations", "40") < 0.5 * min(map(distance, STARTS))
@@ -300,7 +301,7 @@ def filled_in(device, *arguments, window=131072):
 
 def begun(problem, length, *changes, start=None):
     """({name: first candidate}, Space)"""
-    args = filled_in("cpu", "--len", str(length), "--attention-factor", "su", *changes, window=WINDOW)
+    args = filled_in("cpu", "--len", str(length), "--fitness", "ppl", *changes, window=WINDOW)
     space, starts = search.first_candidates(args, problem, start)
     for c in starts:
         assert good(c.rescale_factors, space.largest) and c.n_hat in space.n_hats
@@ -322,7 +323,7 @@ def test_lambda_goes_to_a_quarter_above_s_and_first_candidates_lie_within_all_bo
     starts, space = begun(kind(rope, length), length, "--n-hat", n_hat, "--attention-factor", attention, start=far)
     assert space.largest == largest and set(space.smallest) == {1.0}
     assert space.n_hats == (N_HAT if n_hat == "search" else (int(n_hat),))
-    assert [*starts] == ["start", *["none", "long"] * (kind is recovery), "pi", "ntk", "yarn"]
+    assert [*starts] == ["start", *["none"] * (kind != second_stage), *["long"] * (kind == recovery), *BASELINES]
     beyond = scale if kind is recovery else length / WINDOW
     su = su_factor(beyond, WINDOW)
     fixed = {"su": su, "yarn": 0.1 * math.log(beyond) + 1, "none": 1.0, "1.3": 1.3}.get(attention)
@@ -344,14 +345,18 @@ def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():
     for length, scale, least in ((2 * WINDOW, 4.0, 2.38), (7 * WINDOW, 16.0, 8.33)):  # of how far beyond, not of s
         _, space = begun(recovery(extended(scale), length), length, "--slow-least", "1.19")
         assert space.smallest == tuple(np.where(SLOW, least, 1.0))
+    starts, space = begun(first_stage(ROPE, 256), 256, "--fitness", "keys")  # the default
+    assert space.smallest == starts["none"].rescale_factors == tuple(np.where(SLOW, 4.76, 1.0))
 
 
 @pytest.mark.parametrize("problem, length, least", [
     (recovery(extended(4.0), WINDOW), WINDOW, "1.19"), (recovery(extended(4.0), 32), 32, "1.19"),
     (first_stage(ROPE, 256), 256, "0.2"), (first_stage(replace(ROPE, rope_theta=10.0), 256), 256, "1.1")])
-def test_a_slow_least_that_bounds_nothing_is_said(problem, length, least):
+def test_a_slow_least_that_bounds_nothing_is_said_where_it_is_given(problem, length, least):
     with pytest.raises(UserError, match="bounds nothing"):
         begun(problem, length, "--slow-least", least)
+    begun(problem, length, "--fitness", "keys")  # the default
+    assert set(begun(problem, length, "--fitness", "keys", "--slow-least", "0")[1].smallest) == {1.0}
 
 
 def test_first_candidates_are_relative_to_what_the_model_was_trained_with_or_fine_tuned_to():
@@ -406,24 +411,61 @@ def test_the_formulas_are_compared_with_their_own_attention_factors_and_plain_ro
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Defaults
+# Pass keys as fitness, and defaults
 
 
-def sizes(*given):
-    return {key: getattr(filled_in(*given, "--data", "books"), key) for key in search.PAPER}
+@pytest.mark.parametrize("depth", [0, 0.21, 0.5, 1])
+def test_pieces_hold_the_start_the_key_line_and_the_question_and_cost_the_same_for_every_long_prompt(bundled, depth):
+    tokenizer = load_tokenizer(bundled.path)
+    for length in (200, 1024, 1100, 5000, 65536):
+        tokens, _, middle = make_prompt(tokenizer, length, depth, "41975")
+        kept, size = pieces(length, middle).tolist(), min(piece_size(length), length)
+        assert kept == sorted({*kept} & {*range(length)}) and len(kept) <= PIECES * size
+        assert {*range(size), *range(length - size, length), middle} <= {*kept}
+        assert (len(kept) == length) is (length <= 1024) and np.diff(kept).max() < length / 7  # evenly
+        text = tokenizer.decode([tokens[place] for place in kept])
+        assert NEEDLE.format(key="41975") in text and text.endswith(f"{QUESTION} 41975")
+    assert len(pieces(2097152, round(depth * 2097152))) == len(kept)
 
 
-def test_the_defaults_are_those_of_the_paper_halved_above_512k_tokens_and_few_on_a_cpu():
-    paper = {"samples": 5, "population_size": 64, "num_mutations": 16, "num_crossovers": 16, "num_parents": 32,
-             "iterations": 40}
-    above = paper | {"samples": 3, "population_size": 32, "num_mutations": 8, "num_crossovers": 8}
-    assert sizes("cuda", "--len", "262144") == sizes("cuda", "--len", "524288") == paper and search.MUTATION_PROB == 0.3
-    assert sizes("cuda", "--len", "524289") == sizes("cuda", "--len", "2097152") == sizes("cuda") == above
-    assert sizes("cpu") == search.ON_CPU and search.ON_CPU["iterations"] >= 2  # so that there is crossover
-    assert filled_in("cuda", "--len", "1048576").max_evals == 32 + 40 * 16
-    assert filled_in("cuda", "--len", "262144").samples == 2  # of the bundled five, to leave some to compare on
-    given = "cuda", "--len", "1048576", "--population-size", "9", "--iterations", "0", "--samples", "1"
-    assert sizes(*given) == above | {"population_size": 9, "iterations": 0, "samples": 1}
+@pytest.mark.parametrize("length", [300, 2000])
+def test_ask_computes_what_the_model_does_where_no_token_sees_one_left_out(tiny_model, length):
+    """By whole prompts with a mask: so the pieces are at their true positions. Of 300 tokens all are kept."""
+    rope, prompts, expected, kept = make_rope(random_factors(1, 4), 4.0, 8), [], [], pieces(length, 500)
+    mask = torch.isin(torch.arange(length), torch.from_numpy(kept)).expand(length, -1).tril()
+
+    def masked(*qkv):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), mask, enable_gqa=True).transpose(1, 2)
+    attends, tiny_model.rope = itertools.repeat(masked) if len(kept) < length else None, rope
+    for wrong in ((), (-1,), (-3,), (-3, -2, -1)):  # of the key's three tokens; the others are what is expected most
+        tokens, loss = random_tokens(length, seed=len(prompts))[0], 0.0
+        for place in range(-3, 0):
+            logits = F.linear(tiny_model.hidden(tokens[None], attends=attends), tiny_model.unembedding)[0, place - 1]
+            tokens[place] = (logits.argmax() + (place in wrong)) % VOCAB
+            loss -= logits.log_softmax(-1)[tokens[place]].item()
+        prompts.append((tokens, kept, 3))
+        expected.append(loss)
+    tiny_model.rope, tiny_model.context = None, "as before"
+    for chosen in (slice(4), slice(1), slice(1, 4)):
+        nll, found = ask(tiny_model, rope, prompts[chosen])
+        assert nll == pytest.approx(np.mean(expected[chosen]), abs=1e-3) and found == (chosen.start is None)
+        assert tiny_model.context == "as before"
+
+
+def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():
+    def sizes(*given):
+        args = filled_in(*given)
+        return [getattr(args, key) for key in search.SIZES], args.samples, args.max_evals, args.last
+    assert sizes("cuda") == ([8, 5, 3, 8, 36], 1, 8 + 36 * 8, 12) and search.MUTATION_PROB == 0.3
+    assert sizes("cpu") == ([4, 5, 3, 8, 2], 1, 4 + 2 * 8, 3)
+    given = "--population-size", "9", "--iterations", "0", "--samples", "7", "--max-evals", "20"
+    assert sizes("cuda", *given) == ([9, 5, 3, 8, 0], 7, 9, 12)
+    for length, samples, whole in ((2048, 4, True), (8193, 3, True), (131072, 1, True), (131073, 1, False)):
+        args = filled_in("cuda", "--len", str(length))
+        assert (args.samples, args.whole_prompts) == (samples, whole)
+        assert filled_in("cpu", "--len", str(length)).samples == 1
+    for given, bound in (("", 1.19), ("--fitness ppl", 0), ("--short", 0), ("--slow-least 0", 0)):
+        assert filled_in("cpu", *given.split()).bound == bound
 
 
 def test_the_length_is_8_windows_or_with_short_the_window_and_then_the_attention_factor_is_searched():

@@ -26,18 +26,18 @@ from tqdm import tqdm
 import longrope
 import search
 from longrope import (FORMULAS, Factors, data_hash, load_model, load_rope, load_tokenizer, plain, read_documents,
-                      rope_to_dict, su_factor, window_nll, windows, write_json)
-from search import BASELINES, N_HAT
+                      rope_to_dict, sha256_of, su_factor, window_nll, windows, write_json)
+from search import BASELINES, KEY_WEIGHT, N_HAT
 
 LENGTH, SU = 4 * WINDOW, su_factor(4.0, WINDOW)
-EVALUATIONS, COMPARED = 5 + 2 * (3 + 2), 5 * 4  # candidates; windows of the comparison: ropes times documents
+EVALUATIONS, SAMPLES, COMPARED = 5 + 2 * (3 + 2), 3, 5 * (6 + 1)  # candidates; documents of six; ropes times items
 
 
 def command(tiny, books, out, *changes):
     return [str(x) for x in (
-        "--model", tiny, "--data", books, "--len", LENGTH, "--samples", 2, "--population-size", 5, "--num-mutations", 3,
-        "--num-crossovers", 2, "--num-parents", 3, "--iterations", 2, "--screening", 2, "--out", out, "--device", "cpu",
-        *changes)]
+        "--model", tiny, "--data", *sorted(books.glob("book*")), "--len", LENGTH, "--samples", SAMPLES, "--fitness",
+        "ppl", "--population-size", 5, "--num-mutations", 3, "--num-crossovers", 2, "--num-parents", 3, "--iterations",
+        2, "--screening", 2, "--out", out, "--device", "cpu", *changes)]
 
 
 def rows_of(out, kind="genes"):
@@ -50,7 +50,7 @@ def rows_of(out, kind="genes"):
 
 
 def best_of(out):
-    genes = min(rows_of(out), key=lambda row: row["ppl"])["genes"]
+    genes = min(rows_of(out), key=lambda row: row["fitness"])["genes"]
     return Factors(tuple(genes.pop("rescale_factors")), **genes)
 
 
@@ -65,8 +65,8 @@ def result(out):
     return written(out), rows_of(out), rows_of(out, "rope"), rows_of(out, "setup")
 
 
-def ppl_of(tiny, books, rope, length, documents=slice(2)):
-    found = windows(read_documents([books]), load_tokenizer(tiny), length, 4)[documents]
+def ppl_of(tiny, books, rope, length, documents=slice(SAMPLES)):
+    found = windows(read_documents([books]), load_tokenizer(tiny), length, 6)[documents]
     model = load_model(tiny, rope, device="cpu")
     return pytest.approx(math.exp(torch.stack([window_nll(model, t) for _, t in found]).mean()), rel=1e-9)
 
@@ -86,8 +86,8 @@ def quiet(monkeypatch):
 @pytest.fixture
 def measured(monkeypatch):
     """A list that fills with all that is measured."""
-    calls, fitness = [], search.fitness
-    monkeypatch.setattr(search, "fitness", lambda model, *what: [fitness(model, *what), calls.append(what)][0])
+    calls, measure = [], search.measure
+    monkeypatch.setattr(search, "measure", lambda model, *what: [measure(model, *what), calls.append(what)][0])
     return calls
 
 
@@ -110,14 +110,16 @@ def undisturbed(tiny, books, tmp_path_factory):
 def test_history_has_a_line_for_every_candidate(undisturbed):
     rows = rows_of(undisturbed.out)
     assert len({json.dumps(row["genes"]) for row in rows}) == EVALUATIONS
-    assert [row["origin"] for row in rows[:5]] == ["pi", "ntk", "yarn", "mutation", "mutation"]
+    assert [row["origin"] for row in rows[:5]] == ["none", "pi", "ntk", "yarn", "mutation"]
     assert [row["iteration"] for row in rows] == [0] * 5 + [1] * 5 + [2] * 5
-    for name, row in zip(BASELINES, rows):
+    assert rows[0]["genes"]["rescale_factors"] == [1.0] * PAIRS
+    for name, row in zip(BASELINES, rows[1:]):
         exact = FORMULAS[name](PAIRS, 10000.0, WINDOW, 4.0).rescale_factors
         assert np.abs(np.subtract(row["genes"]["rescale_factors"], exact)).max() <= 0.005 + 1e-12
     for row in rows:
         assert good(row["genes"].pop("rescale_factors"), 5.0) and row["genes"] == {"n_hat": 0, "attention_factor": SU}
-        assert row["ppl"] == pytest.approx(math.exp(sum(row["nll"]) / (2 * (LENGTH - 1))), rel=1e-12)
+        assert row["ppl"] == pytest.approx(math.exp(sum(row["nll"]) / (SAMPLES * (LENGTH - 1))), rel=1e-12)
+        assert row["fitness"] == pytest.approx(math.log(row["ppl"]), rel=1e-12) and row["answer_nll"] == 0
     assert len({row["ppl"] for row in rows}) > EVALUATIONS / 2  # the factors matter
 
 
@@ -125,24 +127,27 @@ def test_rope_json_is_the_best_of_the_history_and_measures_what_it_says(undistur
     rope, record = load_rope(undisturbed.out / "rope.json"), read_lines(undisturbed.out / "history.jsonl")[1]["run"]
     assert rope == make_rope(best_of(undisturbed.out).rescale_factors, 4.0)
     assert record["arguments"]["population_size"] == 5 and record["torch"] == torch.__version__
-    record, found = written(undisturbed.out)[1], windows(read_documents([books]), load_tokenizer(tiny), LENGTH, 4)
-    on, off = (ppl_of(tiny, books, rope, LENGTH, some) for some in (slice(2), slice(2, 4)))
+    record, found = written(undisturbed.out)[1], windows(read_documents([books]), load_tokenizer(tiny), LENGTH, 6)
+    on, off = (ppl_of(tiny, books, rope, LENGTH, some) for some in (slice(3), slice(3, 6)))
     assert record["perplexity"] == min(row["ppl"] for row in rows_of(undisturbed.out)) == on
-    assert record["comparison"][-1] == {"rope": "searched", "attention_factor": SU, "search": on, "unseen": off}
+    row, fitness = record["comparison"][-1], pytest.approx(math.log(record["perplexity"]), rel=1e-12)
+    assert row == {"rope": "searched", "attention_factor": SU, "search": on, "unseen": off, "keys": row["keys"],
+                   "fitness": fitness} and row["keys"] in range(11)
     assert (record["model"], record["target_length"], record["seed"]) == (str(tiny), LENGTH, 0)
     assert (record["evaluations"], record["kept"]) == (EVALUATIONS, "searched")
     assert record["data_sha256"] == data_hash([tokens for _, tokens in found])
-    assert record["data"] == ["book0.txt", "book1.txt"]
+    assert record["data"] == ["book0.txt", "book1.txt", "book2.txt"]
 
 
 def test_search_prints_the_cost_first_and_a_table_at_the_end_and_draws_a_plot(undisturbed):
     lines = undisturbed.printed.splitlines()
-    assert lines[0].startswith("15 candidates, on 2 documents of 256 tokens, take about ")
+    assert lines[0].startswith("15 candidates, on 3 documents of 256 tokens and 0 pass keys, take about ")
     start = next(i for i, line in enumerate(lines) if line.startswith("rope "))
     rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[start + 1:start + 6]}
     assert [*rows] == ["none", "pi", "ntk", "yarn", "searched"]
     for row in written(undisturbed.out)[1]["comparison"]:
-        assert rows[row["rope"]] == pytest.approx([row[k] for k in ("attention_factor", "search", "unseen")], abs=1e-3)
+        expected = [row[key] for key in ("attention_factor", "search", "unseen", "keys")]
+        assert rows[row["rope"]] == pytest.approx(expected, abs=1e-3)
         assert 1 < row["search"] != row["unseen"] > 1
     assert (undisturbed.out / "search.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -173,16 +178,56 @@ def test_what_is_exported_computes_the_same_in_transformers(undisturbed, tiny, b
     assert "has rope.json of something else; give another --out" in said and (tmp_path / "out" / "rope.json").exists()
 
 
+def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_two_processes(
+        tiny, books, tmp_path, measured):
+    """Fitness is NLL a token and a little of the keys. The best three are measured on other keys, too."""
+    alone, cut = tmp_path / "alone", tmp_path / "cut"
+    keys, last, found = command(tiny, books, alone, "--fitness", "keys", "--samples", 2, "--seed", 2), {}, {}
+    search.main(keys)
+    for row in rows_of(alone, "rope"):
+        found.setdefault(row["rope"], []).append(row["found"])
+    for n, row in enumerate(sorted(rows_of(alone), key=lambda row: row["fitness"])):
+        rope, answer = make_rope(row["genes"]["rescale_factors"], 4.0), row["answer_nll"]
+        assert row["fitness"] == pytest.approx(sum(row["nll"]) / (2 * (LENGTH - 1)) + KEY_WEIGHT * answer, rel=1e-12)
+        assert answer > 0 and row["keys"] in range(6) and min(np.array(rope.long.rescale_factors)[SLOW]) >= 4.76
+        if n < 3:
+            *nlls, (other, _) = found[sha256_of(rope_to_dict(rope))][:3]
+            assert nlls == row["nll"] and other != answer  # of other keys
+            last[sum(nlls) / (2 * (LENGTH - 1)) + KEY_WEIGHT * other] = rope_to_dict(rope)
+    assert written(alone)[0] == last[min(last)] != [*last.values()][0]  # it was not the first before
+
+    lines = (alone / "history.jsonl").read_bytes().splitlines(True)
+    cut.mkdir()
+    for kept, asked in ((2 + EVALUATIONS - 1, 5 + 10 + 10), (2 + EVALUATIONS + 6, 10 + 10)):  # 6: in the last stage
+        (cut / "history.jsonl").write_bytes(b"".join(lines[:kept]))
+        measured.clear()
+        search.main([*keys, "--out", str(cut)])
+        prompts = [prompt for _, item in measured if type(item) is list for prompt in item]
+        assert len({str(tokens.tolist()) for tokens, *_ in prompts}) == asked  # no key twice
+        assert result(cut) == result(alone) and len(lines) - kept <= len(measured) <= len(lines) - kept + 2
+    both = start(2, [*keys, "--out", str(tmp_path / "both")])
+    assert [process.join(100) or process.exitcode for process in both] == [0, 0]
+    assert result(tmp_path / "both") == result(alone)
+
+
+def test_where_a_prompt_does_not_fit_that_is_said_and_perplexity_is_what_is_searched(tiny, books, tmp_path, capsys):
+    search.main(command(tiny, books, tmp_path, "--fitness", "keys", "--len", 100))
+    said, = capsys.readouterr().err.splitlines()
+    assert said.startswith("no pass keys: a pass-key prompt takes at least ") and len(rows_of(tmp_path)) == EVALUATIONS
+    assert all(row["fitness"] == pytest.approx(math.log(row["ppl"]), rel=1e-12) for row in rows_of(tmp_path))
+    assert {row["keys"] for row in written(tmp_path)[1]["comparison"]} == {None}
+
+
 def test_the_bundled_model_is_searched_for_128_times_its_window(tmp_path, monkeypatch, capsys):
     """search.py --len 131072 --max-evals 1, but for the measuring: a window takes minutes."""
-    over_window = longrope.over_window
-    monkeypatch.setattr(longrope, "over_window", lambda model, tokens, *rest: (
-        over_window(model, tokens, *rest) if len(tokens) <= 2048 else torch.ones(len(tokens) - 1)))
+    monkeypatch.setattr(search, "measure", lambda model, rope, item: (6.0, 1) if type(item) is list else 131071.0)
     search.main(["--len", "131072", "--max-evals", "1", "--out", str(tmp_path), "--device", "cpu"])
     (row,), printed = rows_of(tmp_path), capsys.readouterr().out
-    assert printed.startswith("1 candidates, on 2 documents of 131072 tokens, ta") and "smaller --len" in printed
-    assert written(tmp_path)[0]["long_factor"] == row["genes"]["rescale_factors"] == [128.0] * 32
-    assert row["nll"] == [131071.0] * 2
+    assert printed.startswith("1 candidates, on 1 document of 131072 tokens and 5 pass keys, take about ")
+    assert "; shorter: --len 16384 --max-evals 16" in printed and "by pieces" in printed
+    assert written(tmp_path)[0]["long_factor"] == row["genes"]["rescale_factors"]
+    assert {*row["genes"]["rescale_factors"]} == {1.0, 152.32}  # of plain RoPE, within the bound
+    assert (row["nll"], row["fitness"]) == ([131071.0], 1 + KEY_WEIGHT * 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +238,7 @@ def test_from_a_history_cut_anywhere_the_search_goes_on_and_measures_nothing_aga
         undisturbed, tiny, books, tmp_path, measured):
     lines = undisturbed.lines
     assert len(lines) == 2 + EVALUATIONS + COMPARED
-    for kept in range(0, len(lines), 5):
+    for kept in range(0, len(lines), 9):
         torn, out = lines[kept][:(0, 1, len(lines[kept]) // 2, -1)[kept % 4]], tmp_path / str(kept)
         out.mkdir()
         (out / "history.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
@@ -201,21 +246,21 @@ def test_from_a_history_cut_anywhere_the_search_goes_on_and_measures_nothing_aga
         search.main(command(tiny, books, out))
         assert result(out) == undisturbed.result, kept
         missing = np.arange(len(lines)) >= kept + (kept % 4 == 3)  # what lacks but its newline is whole
-        assert len(measured) == 2 * missing[2:2 + EVALUATIONS].sum() + missing[2 + EVALUATIONS:].sum()
+        assert len(measured) == SAMPLES * missing[2:2 + EVALUATIONS].sum() + missing[2 + EVALUATIONS:].sum()
         assert (out / "history.jsonl").read_bytes().startswith(b"".join(lines[:kept]) + torn * (kept > 0))
     garbled = [*lines[:7], lines[7][:99] + b"\n", *lines[8:]]  # it alone is measured again
     (out / "history.jsonl").write_bytes(b"".join(garbled))
     measured.clear()
     search.main(command(tiny, books, out))
-    assert len(measured) == 2 and written(out) == undisturbed.result[0]
+    assert len(measured) == SAMPLES and written(out) == undisturbed.result[0]
 
 
 def one_of(number, count, port, arguments, slowly):
     """search.py in process `number` of `count`, as torchrun starts it."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if count > 1 else {}
-    sys.stdout, search.plot, search.tqdm, fitness = open(os.devnull, "w"), lambda *_: None, NoBar, search.fitness
-    search.fitness = lambda *given: [time.sleep(slowly), fitness(*given)][1]
+    sys.stdout, search.plot, search.tqdm, measure = open(os.devnull, "w"), lambda *_: None, NoBar, search.measure
+    search.measure = lambda *given: [time.sleep(slowly), measure(*given)][1]
     torch.set_num_threads(1)
     longrope.run(lambda: search.main(arguments))
 
@@ -231,7 +276,7 @@ def start(count, arguments, slowly=0.0):
 
 def test_killed_at_random_moments_the_same_command_goes_on_to_the_same_result(undisturbed, tiny, books, tmp_path):
     history, rng, size = tmp_path / "history.jsonl", random.Random(0), sum(map(len, undisturbed.lines))
-    for share in (0.3, 0.85):  # the comparison begins at about 0.7
+    for share in (0.3, 0.85):  # the comparison begins at about 0.8
         (process,), until = start(1, command(tiny, books, tmp_path), slowly=0.01), time.monotonic() + 60
         while time.monotonic() < until and not (history.exists() and history.stat().st_size > share * size):
             time.sleep(0.001)
@@ -243,7 +288,7 @@ def test_killed_at_random_moments_the_same_command_goes_on_to_the_same_result(un
     assert result(tmp_path) == undisturbed.result
 
 
-@pytest.mark.parametrize("call, line", [(9, "stopped; the same command goes"), (2 * EVALUATIONS + 7, "not finite")])
+@pytest.mark.parametrize("call, line", [(10, "stopped; the same command goes"), (3 * EVALUATIONS + 7, "not finite")])
 def test_ctrl_c_or_a_loss_that_is_not_finite_is_one_line_and_the_same_command_goes_on(
         undisturbed, tiny, books, tmp_path, monkeypatch, measured, capsys, call, line):
     over_window = longrope.over_window
@@ -263,7 +308,7 @@ def test_ctrl_c_or_a_loss_that_is_not_finite_is_one_line_and_the_same_command_go
     gc.collect()  # the traceback holds the file, and with it the lock
     search.main(command(tiny, books, tmp_path))
     assert result(tmp_path) == undisturbed.result
-    assert len(measured) == 2 * EVALUATIONS + COMPARED + (call == 9)  # half a candidate is measured again
+    assert len(measured) == SAMPLES * EVALUATIONS + COMPARED + (call == 10)  # part of a candidate is measured again
 
 
 def test_rope_json_is_made_again_from_the_history_at_the_start(undisturbed, tiny, books, tmp_path, monkeypatch):
@@ -287,16 +332,17 @@ def test_max_evals_and_iterations_may_grow_and_model_and_documents_move(undistur
     assert written(out)[0] == undisturbed.result[0][0] and rows_of(out) == undisturbed.result[1]
     search.main(command(tiny, books, out, "--iterations", 4))
     searched = {json.dumps(row["rope"]) for row in rows_of(out, "rope")}
-    assert len(measured) == 2 * (EVALUATIONS + 10) + 4 * len(searched)  # the formulas are measured once
+    assert len(measured) == SAMPLES * (EVALUATIONS + 10) + 7 * len(searched)  # the formulas are measured once
     search.main(command(tiny, books, fresh, "--iterations", 4))
     assert result(out)[:2] == result(fresh)[:2] and len(rows_of(fresh)) == EVALUATIONS + 10
 
 
 @pytest.mark.parametrize("changes", [
     "--len 192", "--seed 2", "--samples 1", "--population-size 6", "--num-mutations 4", "--num-crossovers 4",
-    "--num-parents 4", "--n-hat 4", "--attention-factor yarn", "--slow-least 1.1", "--screening 1", "--dtype bfloat16",
+    "--num-parents 4", "--n-hat 4", "--attention-factor yarn", "--slow-least 1.1: bound", "--screening 1",
+    "--dtype bfloat16", "--fitness keys",
     "--data other.txt: data_sha256", "--model trained: weights_sha256", "--init rope.json --len 512: base",
-    "--init rope.json --len 64 --short: short", "--start-from rope.json: starts", ": kernel"])
+    "--init rope.json --len 200 --short: short", "--start-from rope.json: starts", ": kernel"])
 def test_the_history_of_another_search_is_refused_and_stays_as_it_was(
         undisturbed, tiny, books, tmp_path, monkeypatch, capsys, changes):
     changes, _, differs = changes.partition(": ")
@@ -329,8 +375,8 @@ def test_two_processes_on_one_sequence_measure_what_one_measures(undisturbed, ti
     scores = {json.dumps(row["genes"]): row["nll"] for row in rows_of(tmp_path)}
     for row in undisturbed.result[1][:5]:  # rounding may change what comes later
         assert scores[json.dumps(row["genes"])] == pytest.approx(row["nll"], rel=1e-5)
-    for row, alone in list(zip(rows_of(tmp_path, "rope"), rows_of(undisturbed.out, "rope")))[:16]:
-        assert row == alone | {"nll": pytest.approx(alone["nll"], rel=1e-5)}
+    for row, alone in list(zip(rows_of(tmp_path, "rope"), rows_of(undisturbed.out, "rope")))[SAMPLES:SAMPLES + 4 * 7]:
+        assert row == alone | {"found": pytest.approx(alone["found"], rel=1e-5)}
     assert read_lines(tmp_path / "history.jsonl")[0]["setup"]["context_parallel"] == 2
 
 
@@ -381,7 +427,7 @@ def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_
         init, tiny, books, monkeypatch, capsys, better, length, least):
     compare, kept = search.compare, least <= 1
     monkeypatch.setattr(search, "compare", lambda *given: [
-        row | {"search": 1.0} if row["rope"] == better else row for row in compare(*given)])
+        row | {"search": 1.0, "fitness": 0.0} if row["rope"] == better else row for row in compare(*given)])
     rope, record, _ = searched_on(init, tiny, books, "--short", "--len", length, *["--slow-least", least] * (least > 0))
     assert (record["kept"] == better) is kept and rope.long == FINETUNED.long
     assert (f"rope.json ({better})" in capsys.readouterr().out) is kept
@@ -403,7 +449,7 @@ def test_a_search_from_good_factors_ends_no_worse(undisturbed, tiny, books, tmp_
     ("--len 100000", "no document of 100000 tokens"), ("--len 64", "nothing to extend"), ("--short", "--init"),
     ("--init nowhere.json", "nowhere.json"), ("--init init.json", "the window is 256 already"),
     ("--init other.json --len 512", "factors, needs"), ("--init init.json --short", "--len below its long set's"),
-    ("--start-from nowhere.json", "nowhere.json"), ("--slow-least 0", "bounds nothing"), ("--slow-least nan", "bounds"),
+    ("--start-from nowhere.json", "nowhere.json"), ("--slow-least -1", "bounds"), ("--slow-least nan", "bounds"),
     ("--slow-least 1.26", "above 5, the largest"), ("--slow-least 0.2", "bounds nothing"),
     ("--out init.json", "init.json"),
     ("--export hf --n-hat 4", "n_hat"), ("--export hf --init init.json --len 512", "n_hat"),

@@ -89,13 +89,15 @@ def read_windows(args, lengths, model):
             raise UserError(f"no document of {lengths[-1]} tokens; give longer --data or a shorter --len")
     else:
         texts = [tokens for _, tokens in windows(documents, tokenizer, total, args.samples)]
+    for text in texts:
+        in_vocabulary(model, text)
     for n in lengths:
         stride = args.stride or (n if args.doc_tokens else 0)
         if args.windows:
             scored = [(window, 1) for text in texts for window in anywhere(text, n, args.windows, args.seed, bos)]
         else:
             scored = [(text[at:at + n], first) for text in texts for at, first in spans(total, n, stride)]
-        sha256 = data_hash(t for w, first in scored for t in (in_vocabulary(model, w), torch.tensor([first])))
+        sha256 = data_hash(t for window, first in scored for t in (window, torch.tensor([first])))
         found[n] = {"documents": len(texts), "windows": len(scored), "stride": stride, "data_sha256": sha256}, scored
     return found
 

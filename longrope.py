@@ -332,7 +332,8 @@ class Llama(nn.Module):
 
     def __init__(self, config, rope=None):
         super().__init__()
-        self.config, self.rope, self.context, self.path = config, rope or config.rope, None, None
+        self.config, self.rope, self.context = config, rope or config.rope, None
+        self.path, self.own_rope = None, None  # the directory it was read from, and the rope.json there
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -715,10 +716,9 @@ def sha256_of(value):
 
 def resolve_rope(rope, model, length=None):
     """A Rope from what `load_model` accepts (see there), checked against the model."""
-    config, own = model.config.rope, model.path / "rope.json"
-    rope = (own if own.exists() else "config") if rope in (None, "model") else rope
-    if rope == "config":
-        return config
+    config = model.config.rope
+    if rope in (None, "model", "config"):
+        return (rope != "config" and model.own_rope) or config
     name, _, fixed = str(rope).partition(":")
     if name not in FORMULAS:
         return fitting(rope, config)
@@ -748,9 +748,10 @@ def fitting(rope, config):
 
 def resolve_ropes(names, lengths, model):
     """{(name, length): Rope}: a mistake in any shows before the first is measured."""
-    own = ["model"] if (model.path / "rope.json").exists() else []
-    return {(name, length): resolve_rope(name, model, length)
-            for length in lengths for name in dict.fromkeys(names or [*FORMULAS, *own])}
+    names = dict.fromkeys(names or [*FORMULAS, *["model"] * bool(model.own_rope)])
+    files = {name: resolve_rope(name, model) for name in names if name.partition(":")[0] not in FORMULAS}  # read once
+    return {(name, length): files.get(name) or resolve_rope(name, model, length)
+            for length in lengths for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -863,8 +864,9 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with reading(path / "config.json"):
         config = read_config(read_json(path / "config.json"))
-    if (path / "rope.json").exists():
-        config.rope = replace(config.rope, trained=fitting(path / "rope.json", config.rope).trained)
+    own_rope = fitting(path / "rope.json", config.rope) if (path / "rope.json").exists() else None
+    if own_rope:
+        config.rope = replace(config.rope, trained=own_rope.trained)
     elif config.rope.scale != 1:
         warn(f"{path}: no rope.json says what it was trained with; a new extension starts from plain RoPE")
     with torch.device("meta"):
@@ -883,7 +885,7 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
         model.load_state_dict(state, strict=device.type != "meta", assign=True)
         if head is not None and not torch.equal(head, model.unembedding):
             raise ValueError("its lm_head is not the embedding, though config.json says tie_word_embeddings")
-    model.path = path
+    model.path, model.own_rope = path, own_rope
     model.rope = resolve_rope(rope, model, length)
     return model.requires_grad_(False).eval()
 

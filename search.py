@@ -389,20 +389,20 @@ class Evaluator:
 def compare(args, model, ropes, documents, searched, which, prompts, journal):
     """A row for each rope: perplexity on the documents of the search, on the others, and what is found of the keys of
     prompts[which]. What the journal has already is not measured again."""
-    keys = {name: sha256_of(rope_to_dict(rope)) for name, rope in ropes.items()}
+    sha256 = {name: sha256_of(rope_to_dict(rope)) for name, rope in ropes.items()}
     known = {(row["rope"], row["item"]): row["found"] for row in journal.rows if "rope" in row}
     items = dict(enumerate(documents)) | ({which: prompts[which]} if prompts[which] else {})
-    left = {(keys[name], label): (rope, item) for name, rope in ropes.items() for label, item in items.items()
-            if (keys[name], label) not in known}
+    left = {(sha256[name], label): (rope, item) for name, rope in ropes.items() for label, item in items.items()
+            if (sha256[name], label) not in known}
     every = each(args, model, [*left.values()])
-    for key in tqdm(left, which, leave=False, disable=rank() > 0):
-        known[key] = next(every)
-        journal.write({"rope": key[0], "item": key[1], "found": known[key]})
+    for rope, label in tqdm(left, which, leave=False, disable=rank() > 0):
+        known[rope, label] = next(every)
+        journal.write({"rope": rope, "item": label, "found": known[rope, label]})
     rows = []
     for name, rope in ropes.items():
-        nlls = [known[keys[name], d] for d in range(len(documents))]
+        nlls = [known[sha256[name], d] for d in range(len(documents))]
         on, off = (perplexity(some, len(some) * (args.len - 1)) for some in (nlls[:searched], nlls[searched:]))
-        answer, found = known.get((keys[name], which), (0.0, None))
+        answer, found = known.get((sha256[name], which), (0.0, None))
         weight = KEY_WEIGHT if args.fitness == "keys" else 0.0
         rows.append({"rope": name, "attention_factor": rope.at(args.len).attention_factor, "search": on, "unseen": off,
                      "keys": found, "fitness": math.log(on) + weight * answer})
@@ -539,23 +539,27 @@ def problem_of(args, model):
     return problem
 
 
+def make_prompts(tokenizer, length, seed, count, whole=False):
+    """[what `ask` takes]: `count` keys, at as many depths. Raises UserError."""
+    trials = make_trials(seed, [length], count, 1)
+    made = (make_prompt(tokenizer, length, t["depth"], t["key"]) for t in trials)
+    return [(torch.tensor(tokens), np.arange(length) if whole else pieces(length, middle), answer)
+            for tokens, answer, middle in made]
+
+
 def read_data(args, model, tokenizer):
     """(names, documents, how many of them are the search's, {"search", "last", "table": prompts that `ask` takes})."""
     documents = read_documents(args.data, 5 * args.len)
     names, documents = zip(*windows(documents, tokenizer, args.len, args.documents))
     in_vocabulary(model, torch.stack(documents))
     args.samples = min(args.samples, len(documents))
-    prompts = {"search": 5 * (args.fitness == "keys"), "last": KEYS * (args.fitness == "keys"), "table": KEYS}
+    counts = {"search": 5 * (args.fitness == "keys"), "last": KEYS * (args.fitness == "keys"), "table": KEYS}
     try:
-        for name, count in prompts.items():
-            trials = make_trials(f"{name} {args.seed}", [args.len], count, 1)
-            made = [make_prompt(tokenizer, args.len, t["depth"], t["key"]) for t in trials]
-            whole = name == "table" and args.whole_prompts
-            prompts[name] = [(torch.tensor(tokens), np.arange(args.len) if whole else pieces(args.len, middle), answer)
-                             for tokens, answer, middle in made]
+        prompts = {name: make_prompts(tokenizer, args.len, f"{name} {args.seed}", count,
+                                      whole=name == "table" and args.whole_prompts) for name, count in counts.items()}
     except UserError as e:
         warn(f"no pass keys: {e}")
-        prompts = dict.fromkeys(prompts, [])
+        prompts = dict.fromkeys(counts, [])
     for tokens, *_ in itertools.chain(*prompts.values()):
         in_vocabulary(model, tokens)
     return names, documents, max(args.samples, len(documents) // 2), prompts

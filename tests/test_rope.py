@@ -14,8 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import eval_ppl
-from longrope import (FORMULAS, Factors, Rope, UserError, inv_freq_of, load_model, load_rope, plain, rope_from_dict,
-                      rope_to_dict, rotate, save_model, su_factor, write_json, yarn_factor)
+from longrope import (FORMULAS, Factors, Rope, UserError, inv_freq_of, load_model, load_rope, plain, resolve_ropes,
+                      rope_from_dict, rope_to_dict, rotate, save_model, su_factor, write_json, yarn_factor)
 
 METHODS = {"none": "default", "pi": "linear", "ntk": "dynamic", "yarn": "yarn", "longrope": "longrope"}
 THETA, PAIRS, LLAMA3 = 10000.0, 32, {
@@ -248,6 +248,12 @@ def test_factors_in_no_order_are_read_and_it_is_said(tmp_path, capsys):
     for first, said in ((2.0, f"{path}: its factors are in no order, unlike the paper's\n"), (1.0, "")):
         write_json(path, GOOD | {"long_factor": [first, *ONES], "original_max_position_embeddings": float(WINDOW)})
         assert load_rope(path).long.rescale_factors == (first, *ONES) and capsys.readouterr().err == said
+        save_tiny(tmp_path)
+        capsys.readouterr()
+        model = load_model(tmp_path, device="meta")  # it is this model's own
+        assert capsys.readouterr().err == said and resolve_ropes(["model"], [64, 256], model)["model", 64] == model.rope
+        assert resolve_ropes([str(path)], [64, 128, 256], model)[str(path), 256] == model.rope
+        assert capsys.readouterr().err == said  # once, whatever the lengths
 
 
 @pytest.mark.parametrize("rope, said", [

@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import search  # noqa: E402
-from eval_passkey import make_prompt, make_trials  # noqa: E402
 from longrope import load_model, load_tokenizer, resolve_rope, write_json  # noqa: E402
 
 
@@ -31,17 +29,11 @@ def main():
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-
-    def prompts(seed, count, keep):
-        made = (make_prompt(tokenizer, args.len, t["depth"], t["key"])
-                for t in make_trials(seed, [args.len], count, 1))
-        return [(torch.tensor(tokens), keep(middle), answer) for tokens, answer, middle in made]
-    whole, asked = prompts("whole", args.keys, lambda _: np.arange(args.len)), {}
+    whole, asked = search.make_prompts(tokenizer, args.len, "whole", args.keys, whole=True), {}
     for number, size, count in ((9, 64, 5), (9, 128, 5), (9, 256, 5), (9, 512, 5), (5, 512, 5), (17, 512, 5),
                                 (9, 512, 3), (9, 512, 10), (9, 512, 30)):
         search.PIECES, search.piece_size = number, lambda length, size=size: size
-        asked[f"{count} prompts, {number} pieces of {size}"] = prompts("pieces", count, lambda middle: search.pieces(
-            args.len, middle))
+        asked[f"{count} prompts, {number} pieces of {size}"] = search.make_prompts(tokenizer, args.len, "pieces", count)
     rows = []
     for name in args.rope:
         rope = resolve_rope(name, model, args.len)

@@ -5,10 +5,10 @@
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --len 2097152       # second stage, no more training
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --short --len 8192  # short-window recovery
 
-The paper's search to the letter is --fitness ppl --screening 1 --n-hat search --samples 5 --population-size 64
---num-mutations 16 --num-crossovers 16 --num-parents 32 --iterations 40; here fewer candidates find one set that also
-retrieves. In --out: rope.json, the best factors so far at any time; history.jsonl, a line for each candidate evaluated,
-from which the same command goes on where it was stopped; search.png.
+The paper's search to the letter is --fitness ppl --screening 1 --n-hat search --attention-factor su --samples 5
+--population-size 64 --num-mutations 16 --num-crossovers 16 --num-parents 32 --iterations 40; here fewer candidates find
+one set that also retrieves. In --out: rope.json, the best factors so far at any time; history.jsonl, a line for each
+measurement and each candidate, from which the same command goes on where it was stopped; search.png.
 """
 import itertools
 import math
@@ -39,6 +39,8 @@ ON_CPU = SIZES | {"population_size": 4, "iterations": 2}
 SLOW_LEAST = 1.19  # of lambda_i / s in slow pairs; with less, angles that the model never saw cost it pass keys
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # table 4 of the paper
 MUTATION_PROB = 0.3  # p, of a gene
+DOUBT, DOUBT_FROM = 2, 50  # of screening: standard deviations, from so many candidates on
+FITTED = 200  # candidates that it learns from
 
 
 @dataclass(frozen=True)
@@ -119,30 +121,30 @@ def unseen(make, count, seen):
 
 
 def search(args, rng, starts, space, evaluate):
-    """All candidates, the best first, after `args.iterations` generations, or `args.max_evals` evaluations.
+    """The candidates, the best first, after `args.iterations` generations, or `args.max_evals` evaluations.
 
     starts: {candidate: name}, plain RoPE, PI, NTK, YaRN and what else the search begins with. evaluate({candidate:
     origin}, iteration) -> {candidate: its fitness}, which is to be small.
     """
-    first = list(starts)
+    first, fitness = list(starts), {}  # of every candidate ever evaluated
     mutants = unseen(lambda: mutate(rng, first[rng.integers(len(first))], space), args.population_size - len(first),
                      starts)
     population = starts | dict.fromkeys(mutants, "mutation")
-    fitness = {}  # of every candidate ever evaluated
     for iteration in itertools.count():
         allowed = itertools.islice(population.items(), args.max_evals - len(fitness))
         fitness |= evaluate(dict(allowed), iteration)
-        ranking = sorted(fitness, key=fitness.get)
+        ranking = promising(fitness) if args.screening > 1 else sorted(fitness, key=fitness.get)
         if iteration == args.iterations or len(fitness) == args.max_evals:
             return ranking
-        parents = ranking[:args.num_parents]  # the top k stay, with the fitness they have
+        parents = ranking[:args.num_parents]  # the top k stay
         mutants = unseen(lambda: mutant(args, rng, parents[rng.integers(len(parents))], space),
                          args.screening * args.num_mutations, fitness)
         children = unseen(lambda: crossover(rng, *(parents[i] for i in rng.choice(len(parents), 2, replace=False))),
                           args.screening * args.num_crossovers if len(parents) > 1 else 0, {*fitness, *mutants})
         population = dict.fromkeys(mutants, "mutation") | dict.fromkeys(children, "crossover")
         if args.screening > 1 and population:
-            chosen = promising(list(population), fitness, args.num_mutations + args.num_crossovers)
+            doubt = DOUBT if len(fitness) >= DOUBT_FROM else 0  # with little to go by all is doubtful
+            chosen = promising(fitness, [*population], doubt)[:args.num_mutations + args.num_crossovers]
             population = {candidate: population[candidate] for candidate in chosen}
 
 
@@ -151,34 +153,38 @@ def mutant(args, rng, parent, space):
     return shift(rng, parent, space) if args.screening > 1 and rng.integers(2) else mutate(rng, parent, space)
 
 
-def promising(candidates, fitness, count):
-    """Screening: the `count` of `candidates` whose fitness a Gaussian process expects to be lowest.
+def promising(fitness, candidates=None, doubt=0):
+    """`candidates`, by default the best FITTED so far, those first whose fitness a Gaussian process expects to be low,
+    less `doubt` standard deviations: where little is known much is hoped.
 
-    It is fitted to the best 200 so far: x = (log lambda, n_hat, attention factor), y = log(fitness - 0.99 lowest), to
-    spread out the good ones; the kernel is exp(-|x - x'|^2 / 2 l^2) with noise on the diagonal, l and noise of the
-    highest likelihood. No randomness and one thread: all processes choose the same.
+    It averages over neighbours, and so over the documents that these were measured on. It is fitted to the best
+    FITTED so far: x = (log lambda, n_hat, attention factor), y = the normal distribution's quantile for a candidate's
+    rank; the kernel is exp(-|x - x'|^2 / 2 l^2) with noise on the diagonal, l and noise of the highest likelihood. No
+    randomness and one thread: all processes choose the same.
     """
-    best = sorted(fitness, key=fitness.get)[:200]
-
     def features(some):  # (N, D/2 + 2), so scaled that a step in each matters alike
         return torch.tensor([(*map(math.log, c.rescale_factors), math.log2(1 + c.n_hat) / 10, 10 * c.attention_factor)
                              for c in some], dtype=torch.float64).view(len(some), -1)
+
+    def kernel(a, b, length):
+        return (-torch.cdist(a, b) ** 2 / (2 * length**2)).exp()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    best = sorted(fitness, key=fitness.get)[:FITTED]
+    candidates = best if candidates is None else candidates
     x, new = features(best), features(candidates)
-    y = torch.tensor([fitness[c] for c in best], dtype=torch.float64)
-    y = (y - 0.99 * y[0] + 1e-9).log()
-    y = (y - y.mean()) / y.std(correction=0).clamp(min=1e-9)
+    y = torch.special.ndtri((torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x))
     fits = []
-    for length, noise in itertools.product((0.5, 1, 2, 4), (1e-4, 1e-2)):
-        kernel = (-torch.cdist(x, x) ** 2 / (2 * length**2)).exp()
-        root = torch.linalg.cholesky(kernel + noise * torch.eye(len(x), dtype=torch.float64))
+    for length, noise in itertools.product((0.5, 1, 2, 4), (0.01, 0.1, 1)):
+        root = torch.linalg.cholesky(kernel(x, x, length) + noise * torch.eye(len(x), dtype=torch.float64))
         weights = torch.cholesky_solve(y[:, None], root)[:, 0]  # K^-1 y
-        fits.append((0.5 * y @ weights + root.diagonal().log().sum(), length, weights))  # -log likelihood
-    _, length, weights = min(fits, key=lambda fit: fit[0])
-    expected = (-torch.cdist(new, x) ** 2 / (2 * length**2)).exp() @ weights
+        fits.append((0.5 * y @ weights + root.diagonal().log().sum(), length, root, weights))  # -log likelihood
+    _, length, root, weights = min(fits, key=lambda fit: fit[0])
+    k = kernel(new, x, length)
+    deviation = (1 - (k.T * torch.cholesky_solve(k.T, root)).sum(0)).clamp(min=0).sqrt()
+    order = (k @ weights - doubt * deviation).argsort(stable=True)
     torch.set_num_threads(threads)
-    return [candidates[i] for i in expected.argsort(stable=True)[:count]]
+    return [candidates[i] for i in order]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,10 +232,11 @@ def recovery(rope, length):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fitness: NLL a token, and a little of what a pass key's costs. Perplexity alone is blind to slow pairs at angles that
-# were never trained: it loses next to nothing there, retrieval everything.
+# Fitness: NLL a token + KEY_WEIGHT log(1 + NLL of a pass key). Perplexity alone is blind to slow pairs at angles that
+# were never trained: it loses next to nothing there, retrieval everything. The log, since a key that is not found at an
+# NLL of 3 is found no less at 30.
 
-KEY_WEIGHT = 0.015  # of the key's NLL, some six tokens
+KEY_WEIGHT = 0.02  # the key is some six tokens
 PIECES = 9          # of a prompt
 KEYS = 10           # in the table at the end
 
@@ -278,15 +285,19 @@ def measure(model, rope, item):
 # Here the lesson ends. What follows is plumbing: bounds and first candidates, the journal, tables, plots, arguments.
 
 
-def formulas(problem, length):
-    """PI, NTK and YaRN for `length` tokens, or for s where the base serves so many."""
+def formulas(problem, length, beyond=1.0):
+    """PI, NTK and YaRN for `beyond` times `length` tokens, or for s where the base serves so many. YaRN has its own
+    attention factor for all of `length`, the others have the rope's."""
     rope, s = problem.rope, length / problem.window if length > problem.window else problem.scale
-    return {name: FORMULAS[name](len(problem.base.rescale_factors), rope.rope_theta, problem.window, s)
+    own = {"yarn": yarn_factor(length / rope.original_max_position_embeddings)}
+    return {name: replace(FORMULAS[name](len(rope.long.rescale_factors), rope.rope_theta, problem.window, beyond * s),
+                          n_hat=rope.long.n_hat, attention_factor=own.get(name, rope.long.attention_factor))
             for name in BASELINES}
 
 
 def first_candidates(args, problem, start=None):
-    """(Space, {candidate: name}): the sets of --start-from and of the rope, PI, NTK and YaRN, put within bounds."""
+    """(Space, {candidate: name}): the set of --start-from, YaRN, NTK, PI, for so much longer texts that slow pairs are
+    within their bound, and the rope's own sets; all put within the bounds."""
     rope, base, beyond = problem.rope, problem.base.rescale_factors, args.len / problem.window
     window, largest = rope.original_max_position_embeddings, round(1.25 * problem.scale, 2)
     scale = rope.scale if problem.short else args.len / window
@@ -303,8 +314,8 @@ def first_candidates(args, problem, start=None):
     n_hats = N_HAT if args.n_hat == "search" else (args.n_hat,)
 
     begins = su_factor(args.len / window if args.len > window else scale, window)
-    sets = problem.known | {name: replace(factors, attention_factor=begins)
-                            for name, factors in formulas(problem, args.len).items()}
+    sets = {name: replace(factors, attention_factor=max(begins, factors.attention_factor))
+            for name, factors in reversed(formulas(problem, args.len, max(1.0, args.bound)).items())} | problem.known
     if start:
         relative = tuple(np.divide(start.rescale_factors, base))
         if not is_monotone(relative):
@@ -321,92 +332,86 @@ def first_candidates(args, problem, start=None):
 
 
 def ropes_to_compare(args, problem):
-    """{name: Rope}. The formulas have the attention factors of their own papers."""
+    """{name: Rope}, the rows of the table at the end."""
     rope = problem.rope
     if problem.short:  # transformers has one attention factor for both sets
         attention = rope.long.attention_factor if args.export else 1.0
         return {"none": problem.put(replace(problem.known["none"], attention_factor=attention), args.len),
                 "long": replace(rope, short=None, short_max_length=0)}
-    ropes = {"none": rope}
-    own = {"yarn": yarn_factor(args.len / rope.original_max_position_embeddings)}
-    for name, factors in formulas(problem, args.len).items():
-        attention = own.get(name, rope.long.attention_factor)
-        ropes[name] = problem.put(replace(factors, n_hat=rope.long.n_hat, attention_factor=attention), args.len)
-    return ropes
-
-
-def each(args, model, tasks):
-    """Yield what `measure` says of each (rope, item), dealt to torchrun's processes, in order: so sums do not depend on
-    their number."""
-    together = world_size() // args.context_parallel
-    for at in range(0, len(tasks), together):
-        yield from spread(lambda task: measure(model, *task), tasks[at:at + together], args.context_parallel)
+    return {"none": rope} | {name: problem.put(it, args.len) for name, it in formulas(problem, args.len).items()}
 
 
 class Evaluator:
-    """Measures populations for `search`, and keeps the bar, the journal, and rope.json, the best so far."""
+    """Measures ropes on documents and prompts, {label: item}, none twice: the journal has what was found. Keeps the bar
+    and rope.json, the best so far. With torchrun everything is dealt to the processes, and found in the same order."""
 
-    def __init__(self, args, model, problem, documents, prompts, journal, record):
-        self.args, self.model, self.problem, self.items = args, model, problem, [*documents, *[prompts] * bool(prompts)]
-        self.journal, self.record, self.rows, self.tokens = journal, record, {}, args.samples * (args.len - 1)
-        for row in journal.rows:
-            if genes := row.get("genes"):
-                self.rows[Factors(**genes | {"rescale_factors": tuple(genes["rescale_factors"])})] = row
-        self.bar = tqdm(total=args.max_evals, initial=min(len(self.rows), args.max_evals), desc="search",
-                        unit="candidate", disable=rank() > 0)
-        if self.rows:
-            self.save()
+    def __init__(self, args, model, problem, documents, searched, prompts, journal, record):
+        self.args, self.model, self.problem, self.journal, self.record = args, model, problem, journal, record
+        self.searched, self.items = searched, dict(enumerate(documents)) | {k: v for k, v in prompts.items() if v}
+        self.known = {(row["rope"], row["item"]): row["found"] for row in journal.rows if "rope" in row}
+        self.there = sum("genes" in row for row in journal.rows)
+        self.fitness, self.first = {}, None
+        self.bar = tqdm(total=args.max_evals, desc="search", unit="candidate", disable=rank() > 0)
+
+    def found(self, tasks):
+        """Yield what `measure` says of each (rope, label)."""
+        keys = [(sha256_of(rope_to_dict(rope)), label) for rope, label in tasks]
+        left = {key: (rope, self.items[label]) for key, (rope, label) in zip(keys, tasks) if key not in self.known}
+        left, together = iter(left.values()), world_size() // self.args.context_parallel
+        every = itertools.chain.from_iterable(
+            spread(lambda task: measure(self.model, *task), batch, self.args.context_parallel)
+            for batch in iter(lambda: [*itertools.islice(left, together)], []))
+        for key in keys:
+            if key not in self.known:
+                begun, self.known[key] = time.perf_counter(), next(every)
+                self.journal.write({"rope": key[0], "item": key[1], "found": self.known[key],
+                                    "seconds": round(time.perf_counter() - begun, 3)})
+            yield self.known[key]
 
     def __call__(self, population, iteration):
-        ropes = {c: self.problem.put(c, self.args.len) for c in population if c not in self.rows}
-        every = each(self.args, self.model, [(rope, item) for rope in ropes.values() for item in self.items])
-        for candidate in ropes:
-            begun, found = time.perf_counter(), list(itertools.islice(every, len(self.items)))
-            nlls, (answer, keys) = found[:self.args.samples], [*found, (0.0, 0)][self.args.samples]
-            self.rows[candidate] = {
-                "iteration": iteration, "origin": population[candidate], "genes": asdict(candidate), "nll": nlls,
-                "answer_nll": answer, "keys": keys, "fitness": math.fsum(nlls) / self.tokens + KEY_WEIGHT * answer,
-                "ppl": perplexity(nlls, self.tokens),
-                "seconds": round(time.perf_counter() - begun, 3)}
-            self.journal.write(self.rows[candidate])
-            if candidate == self.best():
-                self.save()
+        """{candidate: fitness}: NLL a token above the first candidate's on the same documents, and a little of the
+        key's. The first is measured on all of the search's documents, each other on the next --samples of them."""
+        some, of, turns = self.args.samples, range(self.searched), {}
+        for n, candidate in enumerate(population, len(self.fitness)):
+            turns[candidate] = [of[(some * n + j) % len(of)] for j in range(some)] if n else of
+        keys = ["search"] * ("search" in self.items)
+        found = self.found([(self.problem.put(candidate, self.args.len), label) for candidate, turn in turns.items()
+                            for label in [*turn, *keys]])
+        for candidate, turn in turns.items():
+            nlls = {document: next(found) for document in turn}
+            answer, asked = next(found) if keys else (0.0, 0)
+            self.first = self.first or nlls
+            above = math.fsum(nlls[d] - self.first[d] for d in turn) / (len(turn) * (self.args.len - 1))
+            self.fitness[candidate] = above + KEY_WEIGHT * math.log1p(answer)
+            if len(self.fitness) > self.there:
+                self.journal.write({"iteration": iteration, "origin": population[candidate],
+                                    "genes": asdict(candidate), "nll": nlls, "answer_nll": answer, "keys": asked,
+                                    "fitness": self.fitness[candidate]})
+            if candidate == (best := min(self.fitness, key=self.fitness.get)):
+                self.bar.set_postfix_str(f"best fitness {self.fitness[best]:.4f}", refresh=False)
+                self.save(self.problem.put(best, self.args.len), fitness=self.fitness[best])
             self.bar.update()
-        return {candidate: self.rows[candidate]["fitness"] for candidate in population}
+        return {candidate: self.fitness[candidate] for candidate in population}
 
-    def best(self):
-        return min(self.rows, key=lambda candidate: self.rows[candidate]["fitness"])
+    def compare(self, ropes, which, documents):
+        """A row for each rope: perplexity on the search's documents and on others, and what it finds of the keys."""
+        keys = [which] * (which in self.items)
+        tasks = [(rope, label) for rope in ropes.values() for label in [*range(documents), *keys]]
+        found, rows = iter(tqdm(self.found(tasks), which, len(tasks), leave=False, disable=rank() > 0)), []
+        for name, rope in ropes.items():
+            nlls = [next(found) for _ in range(documents)]
+            answer, asked = next(found) if keys else (0.0, None)
+            on, off = (perplexity(some, len(some) * (self.args.len - 1))
+                       for some in (nlls[:self.searched], nlls[self.searched:]))
+            rows.append({"rope": name, "attention_factor": rope.at(self.args.len).attention_factor, "search": on,
+                         "unseen": off, "keys": asked,
+                         "fitness": math.log(on) + KEY_WEIGHT * (self.args.fitness == "keys") * math.log1p(answer)})
+        return rows
 
-    def save(self, rope=None, **more):
-        """rope.json: `rope`, or the best so far."""
-        best = self.rows[candidate := self.best()]
-        self.bar.set_postfix_str(f"best fitness {best['fitness']:.4f}", refresh=False)
+    def save(self, rope, **more):
         if rank() == 0:
-            write_json(self.args.out / "rope.json", rope_to_dict(rope or self.problem.put(candidate, self.args.len)) | {
-                "search": self.record | {"perplexity": best["ppl"], "evaluations": len(self.rows)} | more})
-
-
-def compare(args, model, ropes, documents, searched, which, prompts, journal):
-    """A row for each rope: perplexity on the documents of the search, on the others, and what is found of the keys of
-    prompts[which]. What the journal has already is not measured again."""
-    sha256 = {name: sha256_of(rope_to_dict(rope)) for name, rope in ropes.items()}
-    known = {(row["rope"], row["item"]): row["found"] for row in journal.rows if "rope" in row}
-    items = dict(enumerate(documents)) | ({which: prompts[which]} if prompts[which] else {})
-    left = {(sha256[name], label): (rope, item) for name, rope in ropes.items() for label, item in items.items()
-            if (sha256[name], label) not in known}
-    every = each(args, model, [*left.values()])
-    for rope, label in tqdm(left, which, leave=False, disable=rank() > 0):
-        known[rope, label] = next(every)
-        journal.write({"rope": rope, "item": label, "found": known[rope, label]})
-    rows = []
-    for name, rope in ropes.items():
-        nlls = [known[sha256[name], d] for d in range(len(documents))]
-        on, off = (perplexity(some, len(some) * (args.len - 1)) for some in (nlls[:searched], nlls[searched:]))
-        answer, found = known.get((sha256[name], which), (0.0, None))
-        weight = KEY_WEIGHT if args.fitness == "keys" else 0.0
-        rows.append({"rope": name, "attention_factor": rope.at(args.len).attention_factor, "search": on, "unseen": off,
-                     "keys": found, "fitness": math.log(on) + weight * answer})
-    return rows
+            write_json(self.args.out / "rope.json", rope_to_dict(rope) | {
+                "search": self.record | {"evaluations": len(self.fitness)} | more})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,7 +434,7 @@ def say_table(args, rows, searched, unseen):
 
 
 def plot(ropes, length, rows, path):
-    """Left: lambda of each pair for each rope. Right: every candidate, and the best one as the search went on."""
+    """Left: lambda of each pair for each rope. Right: every candidate, and the lowest fitness as the search went on."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -441,10 +446,10 @@ def plot(ropes, length, rows, path):
         left.plot(rope.at(length).rescale_factors, label=name, color=colors[name])
     for name, start in starts.items():
         right.axhline(start, lw=1, ls="--", color=colors[name])
-    right.plot(found, ".", color="gray", label="a candidate")
-    right.plot(np.minimum.accumulate(found), color=colors["searched"], drawstyle="steps-post", label="the best so far")
+    right.plot(found, ".", color="gray", label="a candidate, on its documents")
+    right.plot(np.minimum.accumulate(found), color=colors["searched"], drawstyle="steps-post", label="the lowest yet")
     left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$", yscale="log")
-    right.set(xlabel="candidates evaluated", ylabel=f"fitness: NLL a token + {KEY_WEIGHT} of a pass key's",
+    right.set(xlabel="candidates evaluated", ylabel="fitness: NLL a token above the first's, and keys",
               ylim=(min(found) - 0.2 * height, min(found) + 5 * height))
     left.legend()
     right.legend()
@@ -462,7 +467,7 @@ def say_cost(args, model, tokens, prompts, candidates, others):
     flops += candidates * sum(forward_flops(model, len(kept)) for _, kept, _ in prompts)
     seconds = (time.perf_counter() - begun) * flops / forward_flops(model, len(probe))
     seconds *= args.context_parallel / world_size()
-    say(f"{candidates} candidates, on {args.samples} document{'s' * (args.samples > 1)} of {args.len} tokens and "
+    say(f"{candidates} candidates, each on {args.samples} document{'s' * (args.samples > 1)} of {args.len} tokens and "
         f"{len(prompts)} pass keys, take about {tqdm.format_interval(seconds)}" + (
             f"; shorter: --len {max(args.len // 8, 2 * model.window)} --max-evals 16" * (on_cpu and seconds > 1800)))
 
@@ -471,8 +476,8 @@ def parser():
     p = Parser(__doc__)
     add = p.add_argument
     add("--len", type=partial(whole, least=2), help="target length (default: 8 windows of the model, with --short one)")
-    add("--samples", type=natural, metavar="N", help="documents a candidate is evaluated on (default: of 32768 tokens "
-        "together, at most 4, on a CPU 1)")
+    add("--samples", type=natural, default=1, metavar="N",
+        help="documents a candidate is evaluated on, in turn those of the search (default: 1; the paper: all 5)")
     for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
@@ -481,8 +486,8 @@ def parser():
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
         help="search = a gene (default: 0, as no other program knows it)")
     add("--attention-factor", metavar="su|yarn|none|NUMBER|search",
-        help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: su; with --short "
-        "and no --export search, since Hugging Face has one for both sets)")
+        help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: search; with "
+        "--short and --export su, since Hugging Face has one for both sets)")
     add("--slow-least", type=float, metavar="R", help="no factor below R s, R up to 1.25, for slow pairs, those that "
         "make no full turn within the window: it keeps pass keys; 0 where plain RoPE beats formulas, as in Qwen2.5 "
         f"(default: {SLOW_LEAST}; 0, as in the paper, with --fitness ppl or --short)")
@@ -493,7 +498,7 @@ def parser():
     add("--screening", type=natural, default=64, metavar="N",
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
     add("--fitness", choices=["keys", "ppl"], default="keys",
-        help=f"keys = NLL a token + {KEY_WEIGHT} of a pass key's NLL, ppl = the first alone, as in the paper")
+        help=f"keys = NLL a token + {KEY_WEIGHT} log(1 + NLL of a pass key), ppl = the first alone, as in the paper")
     add("--max-evals", type=natural, metavar="N", help="stop after so many candidates")
     add("--out", type=Path, help="directory of the result (default: out/search-LEN, or -LEN-short)")
     add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result, too")
@@ -504,7 +509,7 @@ def fill_in(args, model):
     """Defaults that depend on the model and the machine."""
     args.len = args.len or (1 if args.short else 8) * model.window
     args.out = args.out or Path(f"out/search-{args.len}{'-short' * args.short}")
-    args.attention_factor = args.attention_factor or ("search" if args.short and not args.export else "su")
+    args.attention_factor = args.attention_factor or ("su" if args.short and args.export else "search")
     if args.attention_factor not in ("su", "yarn", "none", "search"):
         with reading("--attention-factor"):
             args.attention_factor = float(args.attention_factor)
@@ -512,7 +517,6 @@ def fill_in(args, model):
                 raise ValueError("not between 0.01 and 100")
     on_cpu, keys = model.unembedding.device.type == "cpu", args.fitness == "keys" and not args.short
     args.bound = SLOW_LEAST * keys if args.slow_least is None else args.slow_least
-    args.samples = args.samples or (1 if on_cpu else min(max(1, 32768 // args.len), 4))
     # how many candidates are measured again before the table, and whether its prompts are read whole
     args.last, args.whole_prompts = (3, False) if on_cpu else (12, args.len <= 131072 and args.context_parallel == 1)
     args.documents = max(2 * args.samples, 4 if on_cpu else 10)  # half of them to compare on
@@ -577,10 +581,9 @@ def main(argv=None):
     ropes = ropes_to_compare(args, problem)
     names, documents, searched, prompts = read_data(args, model, tokenizer)
 
-    same = [*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "bound", "short", "screening",
-            "context_parallel", "fitness"]
-    same.remove("iterations")  # which may grow
-    setup = describe(model, tokenizer) | {key: getattr(args, key) for key in same} | {
+    same = {*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "bound", "short", "screening",
+            "context_parallel", "fitness"} - {"iterations"}  # which may grow
+    setup = describe(model, tokenizer) | {key: getattr(args, key) for key in sorted(same)} | {
         "data_sha256": data_hash(documents), "base": rope_to_dict(problem.rope),
         "starts": sha256_of([asdict(c) for c in starts])}
     record = {"model": str(args.model), "data": names[:searched],
@@ -589,18 +592,18 @@ def main(argv=None):
     say_cost(args, model, documents[0], prompts["search"],
              max(0, args.max_evals - sum("genes" in row for row in journal.rows)),
              args.last * searched + (len(ropes) + 1) * len(documents))
-    evaluate = Evaluator(args, model, problem, documents[:args.samples], prompts["search"], journal, record)
+    evaluate = Evaluator(args, model, problem, documents, searched, prompts, journal, record)
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     evaluate.bar.close()
-    more = args.last if searched > args.samples or prompts["last"] else 1
-    last = {candidate: problem.put(candidate, args.len) for candidate in ranking[:more]}
-    rows = compare(args, model, last, documents[:searched], searched, "last", prompts, journal)
+    lowest = min(evaluate.fitness, key=evaluate.fitness.get)
+    last = {candidate: problem.put(candidate, args.len) for candidate in (lowest, *ranking[:args.last])}
+    rows = evaluate.compare(last, "last", searched)
     best = min(rows, key=lambda row: row["fitness"])["rope"]
 
     if start:
         ropes["start"] = problem.put(next(iter(starts)), args.len)
     ropes["searched"] = problem.put(best, args.len)
-    rows = compare(args, model, ropes, documents, searched, "table", prompts, journal)
+    rows = evaluate.compare(ropes, "table", len(documents))
     say_table(args, rows, searched, len(documents) - searched)
     kept = rows[-1]
     if args.short:  # plain RoPE or the long set, out of its range, may be better

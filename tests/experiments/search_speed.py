@@ -48,12 +48,15 @@ def published_crossover(rng, a, b):
 
 PAPER = ["--samples", "5", "--population-size", "64", "--num-mutations", "16", "--num-crossovers", "16",
          "--num-parents", "32", "--iterations", "40", "--screening", "1", "--fitness", "ppl"]
-METHODS = {  # name: (flags of search.py, what stands in for its functions)
-    "algorithm 1": (PAPER, {}),
-    "published operators": (PAPER, {"mutate": published_mutate, "crossover": published_crossover}),
-    "small generations, no screening": (["--fitness", "ppl", "--screening", "1"], {}),
-    "no shift": (["--fitness", "ppl"], {"shift": search.mutate}),
-    "--fitness ppl": (["--fitness", "ppl"], {}),
+SAME = ["--attention-factor", "su"]  # the genes that all have
+METHODS = {  # name: (flags of search.py, what stands in for its functions and numbers)
+    "algorithm 1": (PAPER + SAME, {}),
+    "published operators": (PAPER + SAME, {"mutate": published_mutate, "crossover": published_crossover}),
+    "small generations, no screening": (["--fitness", "ppl", "--screening", "1", *SAME], {}),
+    "no shift": (["--fitness", "ppl", *SAME], {"shift": search.mutate}),
+    "no doubt": (["--fitness", "ppl", *SAME], {"DOUBT": 0}),
+    "--fitness ppl": (["--fitness", "ppl", *SAME], {}),
+    "--fitness ppl --slow-least 1.19": (["--fitness", "ppl", "--slow-least", "1.19", *SAME], {}),
     "default": ([], {})}
 
 
@@ -62,26 +65,22 @@ def run(task):
     out, method, seed, flags = task
     where, (more, replaced) = out / f"{method.replace(' ', '-')}-{seed}", METHODS[method]
     where.mkdir(parents=True, exist_ok=True)
-    spent, (measure, compare) = {"search": 0}, (search.measure, search.compare)
+    spent, measure, compare = {"now": 0}, search.measure, search.Evaluator.compare
+    if not (where / "spent.json").exists():  # else it is done
+        def counted(model, rope, item):
+            spent["now"] += sum(len(kept) for _, kept, _ in item) if isinstance(item, list) else len(item)
+            return measure(model, rope, item)
 
-    def counted(model, rope, item):
-        spent["now"] = spent.get("now", 0) + (sum(len(kept) for _, kept, _ in item) if isinstance(item, list)
-                                              else len(item))
-        return measure(model, rope, item)
-
-    def before_the_table(args, model, ropes, documents, searched, which, prompts, journal):
-        if which == "table":
-            spent["search"] = spent["now"]
-        return compare(args, model, ropes, documents, searched, which, prompts, journal)
-    replaced = {"mutate": search.mutate, "measure": counted, "compare": before_the_table} | replaced
-    with (mock.patch.multiple(search, **replaced), open(where / "log.txt", "w") as log,
-          contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
-        search.main(["--seed", str(seed), "--out", str(where), *more, *flags])
-    record = json.loads((where / "rope.json").read_text())["search"]
-    if (where / "spent.json").exists():  # a run that was whole already
-        return json.loads((where / "spent.json").read_text()), record
-    write_json(where / "spent.json", spent["search"])
-    return spent["search"], record
+        def before_the_table(self, ropes, which, documents):
+            spent.setdefault(which, spent["now"])
+            return compare(self, ropes, which, documents)
+        replaced = {"mutate": search.mutate, "measure": counted} | replaced
+        with (mock.patch.multiple(search, **replaced), open(where / "log.txt", "w") as log,
+              mock.patch.object(search.Evaluator, "compare", before_the_table),
+              contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+            search.main(["--seed", str(seed), "--out", str(where), *more, *flags])
+        write_json(where / "spent.json", spent["table"])
+    return json.loads((where / "spent.json").read_text()), json.loads((where / "rope.json").read_text())["search"]
 
 
 def report(method, runs, reference):

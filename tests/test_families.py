@@ -267,7 +267,8 @@ def test_a_rope_that_the_config_has_already_stays_in_its_words(tmp_path):
 def test_an_export_copies_the_weights_and_says_what_the_config_cannot(tmp_path, phi3, books, capsys):
     out, command = tmp_path / "export", [*map(str, (
         "--model", phi3, "--data", books, "--len", 4 * WINDOW, "--samples", 1, "--out", tmp_path / "search",
-        "--population-size", 4, "--iterations", 0, "--device", "cpu", "--export", tmp_path / "export"))]
+        "--population-size", 4, "--iterations", 0, "--attention-factor", "su", "--device", "cpu", "--export",
+        tmp_path / "export"))]
     search.main(command)
     said = capsys.readouterr().err
     assert "config.json has no place for short_attention_factor 1 (transformers will take 1.15" in said

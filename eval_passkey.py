@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, in_vocabulary, load_tokenizer,
                       natural, over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of,
-                      share_sequences, spread, warm_up, world_size)
+                      share_sequences, spread_in_rounds, warm_up)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -148,15 +148,12 @@ def main(argv=None):
     say(f"{'rope':{wide}}   length      s trials  hits accuracy exact   seconds  tokens/s peak GiB")
     left = sum(t["length"] for mine in todo.values() for t in mine if place(t) not in known)
     bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
-    together = world_size() // args.context_parallel
     for (name, length), model.rope in ropes.items():
         new = [t for t in todo[name, length] if place(t) not in known]
-        for at in range(0, len(new), together):
-            for t in spread(lambda t: ask(model, tokenizer, t, args.generate), new[at:at + together],
-                            args.context_parallel):
-                journal.write({"rope": name, "scale": model.rope.scale} | t)
-                known[place(t)] = t
-                bar.update(length)
+        for t in spread_in_rounds(lambda t: ask(model, tokenizer, t, args.generate), new, args.context_parallel):
+            journal.write({"rope": name, "scale": model.rope.scale} | t)
+            known[place(t)] = t
+            bar.update(length)
         mine = [known[place(t)] | {"rope": name} for t in todo[name, length]]
         rows += mine
         hits, exact, seconds = (sum(t[key] for t in mine) for key in ("hit", "exact", "seconds"))

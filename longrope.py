@@ -1141,6 +1141,13 @@ def spread(measure, items, together=1):
     return [parts[i % groups * together][i // groups] for i in range(len(items))]
 
 
+def spread_in_rounds(measure, items, together=1):
+    """Yield what `spread` lists, an item for each process at a time, so that each can be written down at once."""
+    groups = world_size() // together
+    for at in range(0, len(items), groups):
+        yield from spread(measure, items[at:at + groups], together)
+
+
 def share_sequences(model, processes, lengths):
     """--context-parallel, for sequences of these lengths. Raises UserError."""
     if world_size() % processes:

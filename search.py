@@ -26,8 +26,8 @@ from eval_passkey import make_prompt, make_trials
 from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash, describe,
                       forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank,
                       read_documents, reading, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
-                      share_sequences, spread, su_factor, token_nll, warm_up, warn, weight_files, whole, window_nll,
-                      windows, world_size, write_json, yarn_factor)
+                      share_sequences, spread_in_rounds, su_factor, token_nll, warm_up, warn, weight_files, whole,
+                      window_nll, windows, world_size, write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
@@ -232,13 +232,17 @@ def recovery(rope, length):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fitness: NLL a token + KEY_WEIGHT log(1 + NLL of a pass key). Perplexity alone is blind to slow pairs at angles that
-# were never trained: it loses next to nothing there, retrieval everything. The log, since a key that is not found at an
-# NLL of 3 is found no less at 30.
+# Fitness. Perplexity alone is blind to slow pairs at angles that were never trained: it loses next to nothing there,
+# retrieval everything.
 
 KEY_WEIGHT = 0.02  # the key is some six tokens
-PIECES = 9          # of a prompt
-KEYS = 10           # in the table at the end
+PIECES = 9         # of a prompt
+KEYS = 10          # in the table at the end
+
+
+def with_key(nll, answer):
+    """NLL a token + KEY_WEIGHT log(1 + NLL of a pass key): one that is not found at 3 is no more lost at 30."""
+    return nll + KEY_WEIGHT * math.log1p(answer)
 
 
 def piece_size(length):
@@ -357,10 +361,7 @@ class Evaluator:
         """Yield what `measure` says of each (rope, label)."""
         keys = [(sha256_of(rope_to_dict(rope)), label) for rope, label in tasks]
         left = {key: (rope, self.items[label]) for key, (rope, label) in zip(keys, tasks) if key not in self.known}
-        left, together = iter(left.values()), world_size() // self.args.context_parallel
-        every = itertools.chain.from_iterable(
-            spread(lambda task: measure(self.model, *task), batch, self.args.context_parallel)
-            for batch in iter(lambda: [*itertools.islice(left, together)], []))
+        every = spread_in_rounds(lambda task: measure(self.model, *task), [*left.values()], self.args.context_parallel)
         for key in keys:
             if key not in self.known:
                 begun, self.known[key] = time.perf_counter(), next(every)
@@ -371,9 +372,9 @@ class Evaluator:
     def __call__(self, population, iteration):
         """{candidate: fitness}: NLL a token above the first candidate's on the same documents, and a little of the
         key's. The first is measured on all of the search's documents, each other on the next --samples of them."""
-        some, of, turns = self.args.samples, range(self.searched), {}
+        some, turns = self.args.samples, {}
         for n, candidate in enumerate(population, len(self.fitness)):
-            turns[candidate] = [of[(some * n + j) % len(of)] for j in range(some)] if n else of
+            turns[candidate] = [(some * n + j) % self.searched for j in range(some)] if n else range(self.searched)
         keys = ["search"] * ("search" in self.items)
         found = self.found([(self.problem.put(candidate, self.args.len), label) for candidate, turn in turns.items()
                             for label in [*turn, *keys]])
@@ -382,7 +383,7 @@ class Evaluator:
             answer, asked = next(found) if keys else (0.0, 0)
             self.first = self.first or nlls
             above = math.fsum(nlls[d] - self.first[d] for d in turn) / (len(turn) * (self.args.len - 1))
-            self.fitness[candidate] = above + KEY_WEIGHT * math.log1p(answer)
+            self.fitness[candidate] = with_key(above, answer)
             if len(self.fitness) > self.there:
                 self.journal.write({"iteration": iteration, "origin": population[candidate],
                                     "genes": asdict(candidate), "nll": nlls, "answer_nll": answer, "keys": asked,
@@ -405,7 +406,7 @@ class Evaluator:
                        for some in (nlls[:self.searched], nlls[self.searched:]))
             rows.append({"rope": name, "attention_factor": rope.at(self.args.len).attention_factor, "search": on,
                          "unseen": off, "keys": asked,
-                         "fitness": math.log(on) + KEY_WEIGHT * (self.args.fitness == "keys") * math.log1p(answer)})
+                         "fitness": with_key(math.log(on), answer if self.args.fitness == "keys" else 0.0)})
         return rows
 
     def save(self, rope, **more):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, load_tokenizer,  # noqa: E402
-                      natural, rank, read_documents, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of, spread,
-                      warm_up, world_size)
+                      natural, rank, read_documents, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of,
+                      spread_in_rounds, warm_up)
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {}s for {} is: {}."
@@ -155,11 +155,10 @@ def main(argv=None):
     table = [f" length {' '.join(f'{task:>15}' for task in tasks)}    mean  rope"]
     for (name, length), model.rope in ropes.items():
         new = [t for t in todo[name, length] if place(t) not in known]
-        for at in range(0, len(new), world_size()):
-            for t in spread(lambda t: ask(model, tokenizer, t, args.chat, args.seed), new[at:at + world_size()]):
-                journal.write({"rope": name, "scale": model.rope.scale} | t)
-                known[place(t)] = t
-                bar.update(length)
+        for t in spread_in_rounds(lambda t: ask(model, tokenizer, t, args.chat, args.seed), new):
+            journal.write({"rope": name, "scale": model.rope.scale} | t)
+            known[place(t)] = t
+            bar.update(length)
         scores = np.reshape([known[place(t)]["score"] for t in todo[name, length]], (len(tasks), -1)).mean(1)
         table.append(f"{length:7} {' '.join(f'{s:15.1%}' for s in scores)} {np.mean(scores):7.1%}  {name}")
     bar.close()

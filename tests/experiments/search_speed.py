@@ -46,17 +46,17 @@ def published_crossover(rng, a, b):
     return published_mutate(rng, a, search.Space((), max(mine), (), ()))
 
 
-PAPER = ["--samples", "5", "--population-size", "64", "--num-mutations", "16", "--num-crossovers", "16",
-         "--num-parents", "32", "--iterations", "40", "--screening", "1", "--fitness", "ppl"]
-SAME = ["--attention-factor", "su"]  # the genes that all have
+PPL = ["--fitness", "ppl", "--attention-factor", "su"]  # and the genes of Algorithm 1
+PAPER = [*PPL, "--screening", "1", "--samples", "5", "--population-size", "64", "--num-mutations", "16",
+         "--num-crossovers", "16", "--num-parents", "32", "--iterations", "40"]
 METHODS = {  # name: (flags of search.py, what stands in for its functions and numbers)
-    "algorithm 1": (PAPER + SAME, {}),
-    "published operators": (PAPER + SAME, {"mutate": published_mutate, "crossover": published_crossover}),
-    "small generations, no screening": (["--fitness", "ppl", "--screening", "1", *SAME], {}),
-    "no shift": (["--fitness", "ppl", *SAME], {"shift": search.mutate}),
-    "no doubt": (["--fitness", "ppl", *SAME], {"DOUBT": 0}),
-    "--fitness ppl": (["--fitness", "ppl", *SAME], {}),
-    "--fitness ppl --slow-least 1.19": (["--fitness", "ppl", "--slow-least", "1.19", *SAME], {}),
+    "algorithm 1": (PAPER, {}),
+    "published operators": (PAPER, {"mutate": published_mutate, "crossover": published_crossover}),
+    "small generations, no screening": ([*PPL, "--screening", "1"], {}),
+    "no shift": (PPL, {"shift": search.mutate}),
+    "no doubt": (PPL, {"DOUBT": 0}),
+    "--fitness ppl": (PPL, {}),
+    "--fitness ppl --slow-least 1.19": ([*PPL, "--slow-least", "1.19"], {}),
     "default": ([], {})}
 
 
@@ -115,8 +115,9 @@ def main():
     p.add_argument("--out", type=Path, default=Path("out/speed"))
     args, flags = p.parse_known_args()
     gpus = [["--device", f"cuda:{i}"] for i in range(torch.cuda.device_count())] or [[]]
+    methods = dict.fromkeys(["algorithm 1", *args.methods])  # it is what all are compared with
     tasks = [(args.out, method, seed, flags + gpus[i % len(gpus)])
-             for i, (method, seed) in enumerate(itertools.product(args.methods, args.seeds))]
+             for i, (method, seed) in enumerate(itertools.product(methods, args.seeds))]
     found = {}
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for task, result in zip(tasks, pool.map(run, tasks)):

@@ -7,6 +7,7 @@ Teacher-forced, the default, takes one forward pass: a hit if every token of the
 as when greedy decoding begins with them. --generate is the paper's: greedy decoding, the first number in the answer
 counts. In --out: passkey.jsonl (the same command goes on, also with more) and passkey.png, a heat map for each rope.
 """
+import math
 import random
 import re
 import time
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, in_vocabulary, load_tokenizer,
                       natural, over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of,
-                      share_sequences, spread_in_rounds, warm_up)
+                      share_sequences, spread_in_rounds, token_nll, warm_up)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -81,6 +82,51 @@ def ask(model, tokenizer, trial, by_generating):
     hit = bool(number and number[0] == trial["key"]) if by_generating else exact
     return trial | {"answer": text, "hit": hit, "exact": exact, "seconds": round(seconds, 4),
                     "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For search.py, which asks some 1500 times: by pieces of a prompt, which from 32768 tokens on cost the same for every
+# length, and by -log p, which says more than hit or miss.
+
+PIECES = 9  # of a prompt
+
+
+def piece_size(length):
+    return min(max(length // 64, 128), 512)
+
+
+def pieces(length, middle):
+    """The places (n,) of a prompt's tokens (T,) that are kept, in PIECES runs: that around the key line, whose middle
+    is given, and others evenly from the start to the question. At their true positions they tell ropes apart much as
+    whole prompts do."""
+    size = min(piece_size(length), length)
+    starts = [*np.linspace(0, length - size, PIECES - 1).round().astype(int), middle - size // 2]
+    return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))
+
+
+def prompts_in_pieces(tokenizer, length, seed, count, whole=False):
+    """[(tokens (T,), places that are kept (n,), tokens of the key)]: `count` keys at as many depths."""
+    made = (make_prompt(tokenizer, length, t["depth"], t["key"]) for t in make_trials(seed, [length], count, 1))
+    return [(torch.tensor(tokens), np.arange(length) if whole else pieces(length, middle), answer)
+            for tokens, answer, middle in made]
+
+
+@torch.inference_mode()
+def ask_in_pieces(model, rope, prompts):
+    """(-log p of the keys, a mean over prompts; how many are the argmax all through)."""
+    device, context, nll, found = model.unembedding.device, model.context, 0.0, 0
+    cos, sin = rope.table(len(prompts[0][0]), device)
+    model.context = None  # they are short enough for one process
+    for tokens, kept, count in prompts:
+        kept = torch.from_numpy(kept).to(device)
+        tokens = tokens.to(device)[kept]
+        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
+        nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
+        found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
+    model.context = context
+    if not math.isfinite(nll):
+        raise UserError("the loss of a pass key is not finite: weights or factors are broken")
+    return nll, found
 
 
 # =====================================================================================================================

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval_passkey import make_prompt, make_trials
+from eval_passkey import ask_in_pieces, prompts_in_pieces
 from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash, describe,
                       forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank,
-                      read_documents, reading, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
-                      share_sequences, spread_in_rounds, su_factor, token_nll, warm_up, warn, weight_files, whole,
+                      read_documents, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
+                      share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole,
                       window_nll, windows, world_size, write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,8 +38,7 @@ ON_CPU = SIZES | {"population_size": 4, "iterations": 2}
 SLOW_LEAST = 1.19  # of lambda_i / s in slow pairs; with less, angles that the model never saw cost it pass keys
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # table 4 of the paper
 MUTATION_PROB = 0.3  # p, of a gene
-DOUBT, DOUBT_FROM = 2, 50  # of screening: standard deviations, from so many candidates on
-FITTED = 200  # candidates that it learns from
+DOUBT, DOUBT_FROM = 2, 50  # standard deviations in favour of what is unexplored, from so many candidates on
 
 
 @dataclass(frozen=True)
@@ -62,10 +60,8 @@ def draw(rng, low, high):
 
 
 def mutate(rng, parent, space):
-    """Each gene, with probability p, anew: lambda_i between its neighbours as they then are, n_hat from its set.
-
-    So the constraint holds without sorting, and a gene that is not mutated keeps its value.
-    """
+    """Each gene, with probability p, anew: n_hat from its set, lambda_i between its neighbours as they then are, so
+    that the constraint holds without sorting."""
     factors = [1.0, *parent.rescale_factors, space.largest]
     for i in range(1, len(factors) - 1):
         if rng.random() < MUTATION_PROB:
@@ -75,19 +71,6 @@ def mutate(rng, parent, space):
     if low < high and rng.random() < MUTATION_PROB:
         attention_factor = draw(rng, low, high)
     return Factors(tuple(factors[1:-1]), n_hat, attention_factor)
-
-
-def shift(rng, parent, space):
-    """lambda_a .. lambda_(b-1) times one number, log-uniform within what their neighbours and bounds allow.
-
-    Good factors are smooth in i, and `mutate`, pair by pair, hardly moves one whose neighbours are close.
-    """
-    factors = np.array([1.0, *parent.rescale_factors, space.largest])
-    a, b = sorted(rng.choice(np.arange(1, len(factors)), 2, replace=False))
-    low = max(factors[a - 1] / factors[a], (space.smallest[a - 1:b - 1] / factors[a:b]).max())
-    high = factors[b] / factors[b - 1]
-    factors[a:b] *= low * (high / low) ** rng.random()
-    return replace(parent, rescale_factors=tuple(np.round(factors[1:-1], 2).tolist()))
 
 
 def crossover(rng, a, b):
@@ -133,58 +116,54 @@ def search(args, rng, starts, space, evaluate):
     for iteration in itertools.count():
         allowed = itertools.islice(population.items(), args.max_evals - len(fitness))
         fitness |= evaluate(dict(allowed), iteration)
-        ranking = promising(fitness) if args.screening > 1 else sorted(fitness, key=fitness.get)
+        ranking = promising(fitness, args.turns) if args.screening > 1 else sorted(fitness, key=fitness.get)
         if iteration == args.iterations or len(fitness) == args.max_evals:
             return ranking
         parents = ranking[:args.num_parents]  # the top k stay
-        mutants = unseen(lambda: mutant(args, rng, parents[rng.integers(len(parents))], space),
+        mutants = unseen(lambda: mutate(rng, parents[rng.integers(len(parents))], space),
                          args.screening * args.num_mutations, fitness)
         children = unseen(lambda: crossover(rng, *(parents[i] for i in rng.choice(len(parents), 2, replace=False))),
                           args.screening * args.num_crossovers if len(parents) > 1 else 0, {*fitness, *mutants})
         population = dict.fromkeys(mutants, "mutation") | dict.fromkeys(children, "crossover")
         if args.screening > 1 and population:
             doubt = DOUBT if len(fitness) >= DOUBT_FROM else 0  # with little to go by all is doubtful
-            chosen = promising(fitness, [*population], doubt)[:args.num_mutations + args.num_crossovers]
+            chosen = promising(fitness, args.turns, [*population], doubt)[:args.num_mutations + args.num_crossovers]
             population = {candidate: population[candidate] for candidate in chosen}
 
 
-def mutant(args, rng, parent, space):
-    """The paper's mutation; with screening half of the time ours, of neighbouring pairs together."""
-    return shift(rng, parent, space) if args.screening > 1 and rng.integers(2) else mutate(rng, parent, space)
+def promising(fitness, turns, candidates=None, doubt=0):
+    """The candidates (by default all measured), the most promising first, by a Gaussian process: its mean less `doubt`
+    standard deviations, so that unexplored ones get a chance.
 
-
-def promising(fitness, candidates=None, doubt=0):
-    """`candidates`, by default the best FITTED so far, those first whose fitness a Gaussian process expects to be low,
-    less `doubt` standard deviations: where little is known much is hoped.
-
-    It averages over neighbours, and so over the documents that these were measured on. It is fitted to the best
-    FITTED so far: x = (log lambda, n_hat, attention factor), y = the normal distribution's quantile for a candidate's
-    rank; the kernel is exp(-|x - x'|^2 / 2 l^2) with noise on the diagonal, l and noise of the highest likelihood. No
-    randomness and one thread: all processes choose the same.
+    x = (log lambda, n_hat, attention factor), y = the normal distribution's quantile for a candidate's rank; the
+    kernel is exp(-|x - x'|^2 / 2 l^2), and 0.1 more for two of one group: the i-th candidate was measured on group
+    i % turns of the documents, and a group's luck is not a candidate's worth. On the diagonal is noise; l and noise
+    are those of the highest likelihood. No randomness and one thread: all processes choose the same.
     """
     def features(some):  # (N, D/2 + 2), so scaled that a step in each matters alike
         return torch.tensor([(*map(math.log, c.rescale_factors), math.log2(1 + c.n_hat) / 10, 10 * c.attention_factor)
-                             for c in some], dtype=torch.float64).view(len(some), -1)
+                             for c in some], dtype=torch.float64)
 
     def kernel(a, b, length):
         return (-torch.cdist(a, b) ** 2 / (2 * length**2)).exp()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = sorted(fitness, key=fitness.get)[:FITTED]
-    candidates = best if candidates is None else candidates
-    x, new = features(best), features(candidates)
-    y = torch.special.ndtri((torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x))
+    candidates = [*fitness] if candidates is None else candidates
+    x, new, group = features(fitness), features(candidates), torch.arange(len(fitness)) % turns
+    ranks = torch.tensor([*fitness.values()], dtype=x.dtype).argsort(stable=True).argsort().to(x.dtype)
+    y = torch.special.ndtri((ranks + 0.5) / len(x))
+    shared = 0.1 * (group[:, None] == group)
     fits = []
     for length, noise in itertools.product((0.5, 1, 2, 4), (0.01, 0.1, 1)):
-        root = torch.linalg.cholesky(kernel(x, x, length) + noise * torch.eye(len(x), dtype=torch.float64))
+        root = torch.linalg.cholesky(kernel(x, x, length) + shared + noise * torch.eye(len(x), dtype=x.dtype))
         weights = torch.cholesky_solve(y[:, None], root)[:, 0]  # K^-1 y
         fits.append((0.5 * y @ weights + root.diagonal().log().sum(), length, root, weights))  # -log likelihood
     _, length, root, weights = min(fits, key=lambda fit: fit[0])
     k = kernel(new, x, length)
     deviation = (1 - (k.T * torch.cholesky_solve(k.T, root)).sum(0)).clamp(min=0).sqrt()
-    order = (k @ weights - doubt * deviation).argsort(stable=True)
+    best_first = (k @ weights - doubt * deviation).argsort(stable=True)
     torch.set_num_threads(threads)
-    return [candidates[i] for i in order]
+    return [candidates[i] for i in best_first]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,52 +214,19 @@ def recovery(rope, length):
 # Fitness. Perplexity alone is blind to slow pairs at angles that were never trained: it loses next to nothing there,
 # retrieval everything.
 
-KEY_WEIGHT = 0.02  # the key is some six tokens
-PIECES = 9         # of a prompt
-KEYS = 10          # in the table at the end
+KEY_WEIGHT = 0.03
+KEYS = 10  # in the table at the end
 
 
 def with_key(nll, answer):
-    """NLL a token + KEY_WEIGHT log(1 + NLL of a pass key): one that is not found at 3 is no more lost at 30."""
+    """NLL a token + KEY_WEIGHT log(1 + NLL of a pass key): the log, lest keys that are lost outweigh the text."""
     return nll + KEY_WEIGHT * math.log1p(answer)
 
 
-def piece_size(length):
-    return min(max(length // 64, 128), 512)
-
-
-def pieces(length, middle):
-    """The places (n,) of a pass-key prompt's tokens (T,) that are kept, in PIECES runs: that around the key line, whose
-    middle is given, and others evenly from the start to the question. At their true positions they tell ropes apart
-    as whole prompts do, and from 32768 tokens on they cost the same for every length."""
-    size = min(piece_size(length), length)
-    starts = [*np.linspace(0, length - size, PIECES - 1).round().astype(int), middle - size // 2]
-    return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))
-
-
-@torch.inference_mode()
-def ask(model, rope, prompts):
-    """(-log p of the keys, a mean over prompts; how many are the argmax all through). prompts: [(tokens (T,), places
-    that are kept (n,), tokens of the key)]."""
-    device, context, nll, found = model.unembedding.device, model.context, 0.0, 0
-    cos, sin = rope.table(len(prompts[0][0]), device)
-    model.context = None  # they are short enough for one process
-    for tokens, kept, count in prompts:
-        kept = torch.from_numpy(kept).to(device)
-        tokens = tokens.to(device)[kept]
-        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
-        nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
-        found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
-    model.context = context
-    if not math.isfinite(nll):
-        raise UserError("the loss of a pass key is not finite: weights or factors are broken")
-    return nll, found
-
-
 def measure(model, rope, item):
-    """Of a window of text (T,) the summed -log p; of pass-key prompts what `ask` says."""
+    """Of a window of text (T,) the summed -log p; of pass-key prompts what `ask_in_pieces` says."""
     if isinstance(item, list):
-        return ask(model, rope, item)
+        return ask_in_pieces(model, rope, item)
     model.rope = rope
     return window_nll(model, item).sum().item()
 
@@ -293,20 +239,21 @@ def formulas(problem, length, beyond=1.0):
     """PI, NTK and YaRN for `beyond` times `length` tokens, or for s where the base serves so many. YaRN has its own
     attention factor for all of `length`, the others have the rope's."""
     rope, s = problem.rope, length / problem.window if length > problem.window else problem.scale
-    own = {"yarn": yarn_factor(length / rope.original_max_position_embeddings)}
-    return {name: replace(FORMULAS[name](len(rope.long.rescale_factors), rope.rope_theta, problem.window, beyond * s),
-                          n_hat=rope.long.n_hat, attention_factor=own.get(name, rope.long.attention_factor))
-            for name in BASELINES}
+    sets = {name: replace(FORMULAS[name](len(rope.long.rescale_factors), rope.rope_theta, problem.window, beyond * s),
+                          n_hat=rope.long.n_hat, attention_factor=rope.long.attention_factor) for name in BASELINES}
+    return sets | {"yarn": replace(
+        sets["yarn"], attention_factor=yarn_factor(length / rope.original_max_position_embeddings))}
 
 
 def first_candidates(args, problem, start=None):
-    """(Space, {candidate: name}): the set of --start-from, YaRN, NTK, PI, for so much longer texts that slow pairs are
-    within their bound, and the rope's own sets; all put within the bounds."""
+    """(Space, {candidate: name}): the set of --start-from; YaRN, NTK and PI for --slow-least times --len tokens; the
+    rope's own sets. All are clipped to the bounds."""
     rope, base, beyond = problem.rope, problem.base.rescale_factors, args.len / problem.window
     window, largest = rope.original_max_position_embeddings, round(1.25 * problem.scale, 2)
     scale = rope.scale if problem.short else args.len / window
-    fixed = {"su": su_factor(scale, window), "yarn": yarn_factor(scale), "none": 1.0}
-    low = high = fixed.get(args.attention_factor, args.attention_factor)
+    fixed = {"su": su_factor(scale, window), "yarn": yarn_factor(scale), "none": 1.0,
+             "the long set's": rope.long.attention_factor}
+    low = high = fixed.get(args.attention_factor)
     if args.attention_factor == "search":
         low, high = 1.0, round(1.25 * fixed["su"], 2)
     slow = problem.window / (2 * math.pi) * inv_freq_of(base, rope.rope_theta) < 1  # no full turn within the window
@@ -328,8 +275,7 @@ def first_candidates(args, problem, start=None):
     starts = {}
     for name, factors in sets.items():
         lambdas = np.clip(np.sort(factors.rescale_factors), smallest, largest).round(2)
-        wanted = (factors if name == "start" else rope.long).n_hat
-        candidate = Factors(tuple(lambdas.tolist()), min(n_hats, key=lambda n: abs(n - wanted)),
+        candidate = Factors(tuple(lambdas.tolist()), min(n_hats, key=lambda n: abs(n - factors.n_hat)),
                             float(np.clip(round(factors.attention_factor, 2), low, high)))
         starts.setdefault(candidate, name)  # two can be the same
     return Space(tuple(smallest.tolist()), largest, n_hats, (low, high)), starts
@@ -346,12 +292,12 @@ def ropes_to_compare(args, problem):
 
 
 class Evaluator:
-    """Measures ropes on documents and prompts, {label: item}, none twice: the journal has what was found. Keeps the bar
-    and rope.json, the best so far. With torchrun everything is dealt to the processes, and found in the same order."""
+    """Measures ropes on documents and prompts, {label: item}, none twice: the journal has what was found. Updates the
+    bar and rope.json, the best so far. With torchrun all is dealt to the processes."""
 
-    def __init__(self, args, model, problem, documents, searched, prompts, journal, record):
+    def __init__(self, args, model, problem, documents, prompts, journal, record):
         self.args, self.model, self.problem, self.journal, self.record = args, model, problem, journal, record
-        self.searched, self.items = searched, dict(enumerate(documents)) | {k: v for k, v in prompts.items() if v}
+        self.items = dict(enumerate(documents)) | {name: some for name, some in prompts.items() if some}
         self.known = {(row["rope"], row["item"]): row["found"] for row in journal.rows if "rope" in row}
         self.there = sum("genes" in row for row in journal.rows)
         self.fitness, self.first = {}, None
@@ -361,20 +307,25 @@ class Evaluator:
         """Yield what `measure` says of each (rope, label)."""
         keys = [(sha256_of(rope_to_dict(rope)), label) for rope, label in tasks]
         left = {key: (rope, self.items[label]) for key, (rope, label) in zip(keys, tasks) if key not in self.known}
+        if world_size() > 1:  # documents first, then prompts: what is dealt in a round takes equally long
+            left = dict(sorted(left.items(), key=lambda item: isinstance(item[0][1], str)))
         every = spread_in_rounds(lambda task: measure(self.model, *task), [*left.values()], self.args.context_parallel)
+        todo = iter(left)
         for key in keys:
-            if key not in self.known:
-                begun, self.known[key] = time.perf_counter(), next(every)
-                self.journal.write({"rope": key[0], "item": key[1], "found": self.known[key],
+            while key not in self.known:
+                begun, now = time.perf_counter(), next(todo)
+                self.known[now] = next(every)
+                self.journal.write({"rope": now[0], "item": now[1], "found": self.known[now],
                                     "seconds": round(time.perf_counter() - begun, 3)})
             yield self.known[key]
 
     def __call__(self, population, iteration):
         """{candidate: fitness}: NLL a token above the first candidate's on the same documents, and a little of the
         key's. The first is measured on all of the search's documents, each other on the next --samples of them."""
-        some, turns = self.args.samples, {}
+        samples, turns = self.args.samples, {}
         for n, candidate in enumerate(population, len(self.fitness)):
-            turns[candidate] = [(some * n + j) % self.searched for j in range(some)] if n else range(self.searched)
+            turn = n % self.args.turns * samples
+            turns[candidate] = range(turn, turn + samples) if n else range(self.args.searched)
         keys = ["search"] * ("search" in self.items)
         found = self.found([(self.problem.put(candidate, self.args.len), label) for candidate, turn in turns.items()
                             for label in [*turn, *keys]])
@@ -388,8 +339,9 @@ class Evaluator:
                 self.journal.write({"iteration": iteration, "origin": population[candidate],
                                     "genes": asdict(candidate), "nll": nlls, "answer_nll": answer, "keys": asked,
                                     "fitness": self.fitness[candidate]})
-            if candidate == (best := min(self.fitness, key=self.fitness.get)):
-                self.bar.set_postfix_str(f"best fitness {self.fitness[best]:.4f}", refresh=False)
+            best = min(self.fitness, key=self.fitness.get)
+            self.bar.set_postfix_str(f"best fitness {self.fitness[best]:.4f}", refresh=False)
+            if len(self.fitness) == self.there or len(self.fitness) > self.there and candidate == best:
                 self.save(self.problem.put(best, self.args.len), fitness=self.fitness[best])
             self.bar.update()
         return {candidate: self.fitness[candidate] for candidate in population}
@@ -403,7 +355,7 @@ class Evaluator:
             nlls = [next(found) for _ in range(documents)]
             answer, asked = next(found) if keys else (0.0, None)
             on, off = (perplexity(some, len(some) * (self.args.len - 1))
-                       for some in (nlls[:self.searched], nlls[self.searched:]))
+                       for some in (nlls[:self.args.searched], nlls[self.args.searched:]))
             rows.append({"rope": name, "attention_factor": rope.at(self.args.len).attention_factor, "search": on,
                          "unseen": off, "keys": asked,
                          "fitness": with_key(math.log(on), answer if self.args.fitness == "keys" else 0.0)})
@@ -419,10 +371,10 @@ class Evaluator:
 # What the user sees
 
 
-def say_table(args, rows, searched, unseen):
+def say_table(args, rows, unseen):
     say(f"\nperplexity at {args.len} tokens, one window a document; pass keys found of {KEYS}"
         + ("" if args.whole_prompts else ", by pieces of the prompts"))
-    say(f"{'rope':10}{'attention factor':>18}{f'{searched} searched on':>18}{f'{unseen} unseen':>14}{'keys':>8}")
+    say(f"{'rope':10}{'attention factor':>18}{f'{args.searched} searched on':>18}{f'{unseen} unseen':>14}{'keys':>8}")
     for row in rows:
         on, off, keys = ("-" if x is None else f"{x:.2e}" if x > 1e6 else f"{x:.3f}" if type(x) is float else x
                          for x in (row["search"], row["unseen"], row["keys"]))
@@ -436,19 +388,15 @@ def say_table(args, rows, searched, unseen):
 
 def plot(ropes, length, rows, path):
     """Left: lambda of each pair for each rope. Right: every candidate, and the lowest fitness as the search went on."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    starts = {row["origin"]: row["fitness"] for row in rows if row.get("origin") in ropes}
+    from matplotlib.figure import Figure
     found = [row["fitness"] for row in rows if "genes" in row]
-    colors, height = {name: f"C{i}" for i, name in enumerate(ropes)}, max(np.median(found) - min(found), 0.003)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    height = max(np.median(found) - min(found), 0.003)
+    fig = Figure(figsize=(11, 4), layout="constrained")
+    left, right = fig.subplots(1, 2)
     for name, rope in ropes.items():
-        left.plot(rope.at(length).rescale_factors, label=name, color=colors[name])
-    for name, start in starts.items():
-        right.axhline(start, lw=1, ls="--", color=colors[name])
+        left.plot(rope.at(length).rescale_factors, label=name)
     right.plot(found, ".", color="gray", label="a candidate, on its documents")
-    right.plot(np.minimum.accumulate(found), color=colors["searched"], drawstyle="steps-post", label="the lowest yet")
+    right.plot(np.minimum.accumulate(found), color="black", drawstyle="steps-post", label="the lowest yet")
     left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$", yscale="log")
     right.set(xlabel="candidates evaluated", ylabel="fitness: NLL a token above the first's, and keys",
               ylim=(min(found) - 0.2 * height, min(found) + 5 * height))
@@ -470,7 +418,8 @@ def say_cost(args, model, tokens, prompts, candidates, others):
     seconds *= args.context_parallel / world_size()
     say(f"{candidates} candidates, each on {args.samples} document{'s' * (args.samples > 1)} of {args.len} tokens and "
         f"{len(prompts)} pass keys, take about {tqdm.format_interval(seconds)}" + (
-            f"; shorter: --len {max(args.len // 8, 2 * model.window)} --max-evals 16" * (on_cpu and seconds > 1800)))
+            f"; shorter: --len {max(args.len // 8, 2 * model.window)} --max-evals 16"
+            * (on_cpu and seconds > 1800 and not args.init)))
 
 
 def parser():
@@ -483,12 +432,12 @@ def parser():
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
         add(f"--{key.replace('_', '-')}", type=partial(whole, least=least, most=100_000), metavar="N",
-            help=f"{what} (default: {SIZES[key]}" + f", on a CPU {ON_CPU[key]})" * (SIZES[key] != ON_CPU[key]))
+            help=f"{what} (default: {SIZES[key]}" + f", on a CPU {ON_CPU[key]}" * (SIZES[key] != ON_CPU[key]) + ")")
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
         help="search = a gene (default: 0, as no other program knows it)")
-    add("--attention-factor", metavar="su|yarn|none|NUMBER|search",
+    add("--attention-factor", choices=["su", "yarn", "none", "search"],
         help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: search; with "
-        "--short and --export su, since Hugging Face has one for both sets)")
+        "--short and --export the long set's, since Hugging Face has one for both)")
     add("--slow-least", type=float, metavar="R", help="no factor below R s, R up to 1.25, for slow pairs, those that "
         "make no full turn within the window: it keeps pass keys; 0 where plain RoPE beats formulas, as in Qwen2.5 "
         f"(default: {SLOW_LEAST}; 0, as in the paper, with --fitness ppl or --short)")
@@ -510,12 +459,7 @@ def fill_in(args, model):
     """Defaults that depend on the model and the machine."""
     args.len = args.len or (1 if args.short else 8) * model.window
     args.out = args.out or Path(f"out/search-{args.len}{'-short' * args.short}")
-    args.attention_factor = args.attention_factor or ("su" if args.short and args.export else "search")
-    if args.attention_factor not in ("su", "yarn", "none", "search"):
-        with reading("--attention-factor"):
-            args.attention_factor = float(args.attention_factor)
-            if not 0.01 < args.attention_factor < 100:
-                raise ValueError("not between 0.01 and 100")
+    args.attention_factor = args.attention_factor or ("the long set's" if args.short and args.export else "search")
     on_cpu, keys = model.unembedding.device.type == "cpu", args.fitness == "keys" and not args.short
     args.bound = SLOW_LEAST * keys if args.slow_least is None else args.slow_least
     # how many candidates are measured again before the table, and whether its prompts are read whole
@@ -523,10 +467,6 @@ def fill_in(args, model):
     args.documents = max(2 * args.samples, 4 if on_cpu else 10)  # half of them to compare on
     defaults = ON_CPU if on_cpu else SIZES
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
-    if args.start and args.start.resolve() == (args.out / "rope.json").resolve():
-        raise UserError(f"--start-from {args.start} is where the result goes; give another --out")
-    total = args.population_size + args.iterations * (args.num_mutations + args.num_crossovers)
-    args.max_evals = min(args.max_evals or total, total)
 
 
 def problem_of(args, model):
@@ -544,30 +484,24 @@ def problem_of(args, model):
     return problem
 
 
-def make_prompts(tokenizer, length, seed, count, whole=False):
-    """[what `ask` takes]: `count` keys, at as many depths. Raises UserError."""
-    trials = make_trials(seed, [length], count, 1)
-    made = (make_prompt(tokenizer, length, t["depth"], t["key"]) for t in trials)
-    return [(torch.tensor(tokens), np.arange(length) if whole else pieces(length, middle), answer)
-            for tokens, answer, middle in made]
-
-
 def read_data(args, model, tokenizer):
-    """(names, documents, how many of them are the search's, {"search", "last", "table": prompts that `ask` takes})."""
+    """(names, documents, {"search", "last", "table": what `ask_in_pieces` takes}); the first documents are searched."""
     documents = read_documents(args.data, 5 * args.len)
     names, documents = zip(*windows(documents, tokenizer, args.len, args.documents))
     in_vocabulary(model, torch.stack(documents))
     args.samples = min(args.samples, len(documents))
+    args.turns = max(1, len(documents) // 2 // args.samples)  # candidates, until the same documents come again
+    args.searched = args.turns * args.samples
     counts = {"search": 5 * (args.fitness == "keys"), "last": KEYS * (args.fitness == "keys"), "table": KEYS}
     try:
-        prompts = {name: make_prompts(tokenizer, args.len, f"{name} {args.seed}", count,
-                                      whole=name == "table" and args.whole_prompts) for name, count in counts.items()}
+        prompts = {name: prompts_in_pieces(tokenizer, args.len, f"{name} {args.seed}", count,
+                                           name == "table" and args.whole_prompts) for name, count in counts.items()}
     except UserError as e:
         warn(f"no pass keys: {e}")
         prompts = dict.fromkeys(counts, [])
     for tokens, *_ in itertools.chain(*prompts.values()):
         in_vocabulary(model, tokens)
-    return names, documents, max(args.samples, len(documents) // 2), prompts
+    return names, documents, prompts
 
 
 def main(argv=None):
@@ -579,47 +513,46 @@ def main(argv=None):
     problem = problem_of(args, model)
     start = resolve_rope(args.start, model, args.len).at(args.len) if args.start else None
     space, starts = first_candidates(args, problem, start)
+    total = max(args.population_size, len(starts)) + args.iterations * (args.num_mutations + args.num_crossovers)
+    args.max_evals = min(args.max_evals or total, total)
     ropes = ropes_to_compare(args, problem)
-    names, documents, searched, prompts = read_data(args, model, tokenizer)
+    names, documents, prompts = read_data(args, model, tokenizer)
 
     same = {*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "bound", "short", "screening",
             "context_parallel", "fitness"} - {"iterations"}  # which may grow
     setup = describe(model, tokenizer) | {key: getattr(args, key) for key in sorted(same)} | {
         "data_sha256": data_hash(documents), "base": rope_to_dict(problem.rope),
         "starts": sha256_of([asdict(c) for c in starts])}
-    record = {"model": str(args.model), "data": names[:searched],
-              "data_sha256": setup["data_sha256"], "target_length": args.len, "seed": args.seed} | recorded(args)
+    record = {"model": str(args.model), "data": names[:args.searched], "data_sha256": setup["data_sha256"],
+              "target_length": args.len, "seed": args.seed} | recorded(args)
     journal = Journal(args.out / "history.jsonl", setup, record, ["rope.json"])
-    say_cost(args, model, documents[0], prompts["search"],
-             max(0, args.max_evals - sum("genes" in row for row in journal.rows)),
-             args.last * searched + (len(ropes) + 1) * len(documents))
-    evaluate = Evaluator(args, model, problem, documents, searched, prompts, journal, record)
+    evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
+    say_cost(args, model, documents[0], prompts["search"], max(0, args.max_evals - evaluate.there),
+             (args.last + 1) * args.searched + (len(ropes) + 1) * len(documents))
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     evaluate.bar.close()
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)
     last = {candidate: problem.put(candidate, args.len) for candidate in (lowest, *ranking[:args.last])}
-    rows = evaluate.compare(last, "last", searched)
-    best = min(rows, key=lambda row: row["fitness"])["rope"]
+    if args.short:  # plain RoPE or the long set, out of the search's range, may be better
+        least = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors
+        last |= {name: rope for name, rope in ropes.items() if (rope.at(args.len).rescale_factors >= least).all()}
+    best = min(evaluate.compare(last, "last", args.searched), key=lambda row: row["fitness"])["rope"]
 
+    kept = best if best in ropes else "searched"
     if start:
         ropes["start"] = problem.put(next(iter(starts)), args.len)
-    ropes["searched"] = problem.put(best, args.len)
+    ropes["searched"] = last[best]
     rows = evaluate.compare(ropes, "table", len(documents))
-    say_table(args, rows, searched, len(documents) - searched)
-    kept = rows[-1]
-    if args.short:  # plain RoPE or the long set, out of its range, may be better
-        least = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors
-        allowed = [row for row in rows if (ropes[row["rope"]].at(args.len).rescale_factors >= least).all()]
-        kept = min(reversed(allowed), key=lambda row: row["fitness"])  # a tie is the search's
-    model.rope = ropes[kept["rope"]]
-    evaluate.save(model.rope, perplexity=kept["search"], kept=kept["rope"], comparison=rows)
+    say_table(args, rows, len(documents) - args.searched)
+    model.rope = last[best]
+    evaluate.save(model.rope, perplexity=rows[-1]["search"], kept=kept, comparison=rows)
     if rank() == 0:
         plot(ropes, args.len, journal.rows, args.out / "search.png")
         if args.export:
             save_config(model, args.export)
             for file in weight_files(model.path):  # the search changes none
                 copy_file(file, args.export)
-    say(f"\nwrote {args.out / 'rope.json'} ({kept['rope']}), history.jsonl and search.png")
+    say(f"\nwrote {args.out / 'rope.json'} ({kept}), history.jsonl and search.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import search  # noqa: E402
+import eval_passkey  # noqa: E402
 from longrope import load_model, load_tokenizer, resolve_rope, write_json  # noqa: E402
 
 
@@ -29,17 +29,18 @@ def main():
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    whole, asked = search.make_prompts(tokenizer, args.len, "whole", args.keys, whole=True), {}
+    whole, asked = eval_passkey.prompts_in_pieces(tokenizer, args.len, "whole", args.keys, whole=True), {}
     for number, size, count in ((9, 64, 5), (9, 128, 5), (9, 256, 5), (9, 512, 5), (5, 512, 5), (17, 512, 5),
                                 (9, 512, 3), (9, 512, 10), (9, 512, 30)):
-        search.PIECES, search.piece_size = number, lambda length, size=size: size
-        asked[f"{count} prompts, {number} pieces of {size}"] = search.make_prompts(tokenizer, args.len, "pieces", count)
+        eval_passkey.PIECES, eval_passkey.piece_size = number, lambda length, size=size: size
+        prompts = eval_passkey.prompts_in_pieces(tokenizer, args.len, "pieces", count)
+        asked[f"{count} prompts, {number} pieces of {size}"] = prompts
     rows = []
     for name in args.rope:
         rope = resolve_rope(name, model, args.len)
-        nll, found = search.ask(model, rope, whole)
+        nll, found = eval_passkey.ask_in_pieces(model, rope, whole)
         rows.append({"rope": name, "found": found, "answer_nll": nll} | {
-            key: search.ask(model, rope, some)[0] for key, some in asked.items()})
+            key: eval_passkey.ask_in_pieces(model, rope, some)[0] for key, some in asked.items()})
         print({key: round(x, 3) if isinstance(x, float) else x for key, x in rows[-1].items()}, flush=True)
     found = ranks([row["found"] for row in rows])
     correlations = {key: -float(np.corrcoef(found, ranks([row[key] for row in rows]))[0, 1])

@@ -46,6 +46,11 @@ def published_crossover(rng, a, b):
     return published_mutate(rng, a, search.Space((), max(mine), (), ()))
 
 
+def as_on_one_document(fitness, turns, *more):
+    return promising(fitness, 1, *more)
+
+
+promising = search.promising
 PPL = ["--fitness", "ppl", "--attention-factor", "su"]  # and the genes of Algorithm 1
 PAPER = [*PPL, "--screening", "1", "--samples", "5", "--population-size", "64", "--num-mutations", "16",
          "--num-crossovers", "16", "--num-parents", "32", "--iterations", "40"]
@@ -53,8 +58,8 @@ METHODS = {  # name: (flags of search.py, what stands in for its functions and n
     "algorithm 1": (PAPER, {}),
     "published operators": (PAPER, {"mutate": published_mutate, "crossover": published_crossover}),
     "small generations, no screening": ([*PPL, "--screening", "1"], {}),
-    "no shift": (PPL, {"shift": search.mutate}),
     "no doubt": (PPL, {"DOUBT": 0}),
+    "documents not told apart": (PPL, {"promising": as_on_one_document}),
     "--fitness ppl": (PPL, {}),
     "--fitness ppl --slow-least 1.19": ([*PPL, "--slow-least", "1.19"], {}),
     "default": ([], {})}
@@ -92,18 +97,17 @@ def report(method, runs, reference):
             "no_worse_in": sum(s["search"] <= s["algorithm_1"] for s in seeds), "runs": seeds}
 
 
-def plot(found, path):
-    """Every run: its share of Algorithm 1's tokens, and the perplexity of the set found."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for method, runs in found.items():
-        share = [tokens / goal[0] for (tokens, _), goal in zip(runs, found["algorithm 1"])]
-        ppl = [record["comparison"][-1]["search"] for _, record in runs]
-        ax.scatter(share, ppl, label=method)
-    ax.set(xscale="log", xlabel="tokens through the model, of Algorithm 1's", ylabel="perplexity, searched documents")
-    ax.legend()
+def plot(rows, path):
+    """A line for each method: the perplexity of the set that each seed found."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(8, 3.6), layout="constrained")
+    ax = fig.subplots()
+    for y, row in enumerate(rows):
+        ax.plot([seed["search"] for seed in row["runs"]], [y] * len(row["runs"]), "o", alpha=0.6)
+        ax.plot(row["search"], y, "|", color="black", ms=18)
+    names = [f"{row['method']}\n{row['share_of_algorithm_1']:.1%} of the tokens" for row in rows]
+    ax.set_yticks(range(len(rows)), names, size=8)
+    ax.set(xlabel="perplexity on the documents searched on, each seed and the median", ylim=(len(rows) - 0.5, -0.5))
     fig.savefig(path, dpi=120)
 
 
@@ -125,7 +129,7 @@ def main():
     rows, record = [report(*item, found["algorithm 1"]) for item in found.items()], found["algorithm 1"][0][1]
     write_json(args.out / "speed.json", {"flags": flags, "seeds": args.seeds, "documents": record["data"], **{
         key: record[key] for key in ("target_length", "model", "python", "torch", "device")}, "rows": rows})
-    plot(found, args.out / "speed.png")
+    plot(rows, args.out / "speed.png")
     print(*({key: value for key, value in row.items() if key != "runs"} for row in rows), sep="\n")
 
 

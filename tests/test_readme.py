@@ -45,6 +45,17 @@ def test_the_table_of_files_has_their_lines():
     assert rows == [(name, str(len((ROOT / name).read_text().splitlines()))) for name in names]
 
 
+def test_the_readme_is_short_in_words_paragraphs_and_tables():
+    text = PAGES[ROOT / "README.md"]
+    assert len(text.split()) <= 2300
+    prose = re.sub(r"(?s:```.*?```)|^    .*$|^[|#!].*$", "", text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n(?=- )", prose):
+        assert len(paragraph.split()) <= 90, paragraph
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = table.splitlines()
+        assert len(rows) - 2 <= 8 and max(row.count("|") - 1 for row in rows) <= 6, rows[0]
+
+
 def test_there_are_at_most_100_results_and_50_options():
     assert sum(path.is_file() for path in ROOT.glob("results/**/*")) <= 100
     actions = [action for name in SCRIPTS for action in import_module(name).parser()._actions]

@@ -1,8 +1,9 @@
-"""Perplexity and pass keys over the length: of the progressive run and of SmolLM2.
+"""The idea of the method, and perplexity and pass keys over the length: of the progressive run and of SmolLM2.
 
-    $ python tests/experiments/plots.py           # assets/progressive.png and assets/smollm2_ppl.png, from results/
+    $ python tests/experiments/plots.py   # assets/idea.png, progressive.png and smollm2_ppl.png, from results/
 """
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from longrope import FORMULAS  # noqa: E402
+
 PROGRESSIVE = (  # label, files, end of the rope's name, colour, line
     ("as trained", "as-trained", "none", "#999999", "-"),
     ("searched for 32x", "as-trained", "search-32x/rope.json", "#56B4E9", "--"),
@@ -56,7 +61,41 @@ def draw(curves, results, left, right, ticks):
         ax.minorticks_off()
 
 
+def idea(path):
+    """SmolLM2, 8 times its window: which pairs turn within the window, their factors, and a slow pair's angle."""
+    found = next(row["rope"] for row in json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
+                 if (row["key_weight"], row["seed"]) == (0.03, 0))
+    window, theta, s = found["original_max_position_embeddings"], found["rope_theta"], found["factor"]
+    pairs = np.arange(len(found["long_factor"]))
+    turns = window / (2 * math.pi) * theta ** (-pairs / len(pairs))
+    critical = int((turns >= 1).sum())
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    left.plot(pairs, turns, color="black")
+    left.axhline(1, color="gray", ls=":")
+    left.set(yscale="log", xlabel="rotary pair i", ylabel=f"turns within {window} tokens",
+             title=f"from pair {critical} on: no full turn")
+    for name, color in (("pi", "#999999"), ("ntk", "#009E73"), ("yarn", "#E69F00")):
+        factors = FORMULAS[name](len(pairs), theta, window, s).rescale_factors
+        middle.plot(pairs, factors, color=color, label={"pi": "PI", "ntk": "NTK", "yarn": "YaRN"}[name])
+    middle.plot(pairs, found["long_factor"], color="#0072B2", label="searched")
+    middle.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$", title=f"factors for {s:g} times the window")
+    middle.legend(fontsize=9)
+    n, pair = np.array([0, s * window]), critical + 4
+    trained = window * theta ** (-pair / len(pairs))
+    right.axhspan(0, trained, color="#E0E0E0", label="angles seen in training")
+    right.plot(n, n * trained / window, color="#999999", label=r"$\lambda = 1$")
+    right.plot(n, n * trained / window / found["long_factor"][pair], color="#0072B2", label="searched")
+    right.axvline(window, color="gray", ls=":")
+    right.set_xticks([0, window, int(s * window)])
+    right.set(xlabel="position n (tokens)", ylabel="angle (radians)", title=f"a slow pair, i = {pair}")
+    right.legend(fontsize=9)
+    for ax in (left, middle):
+        ax.axvline(critical - 0.5, color="gray", ls=":")
+    fig.savefig(path, dpi=110)
+
+
 def main(assets):
+    idea(assets / "idea.png")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
     ticks = {1024: "1024", 8192: "8192", 32768: "32768", 65536: "", 524288: "524288"}
     draw(PROGRESSIVE, ROOT / "results" / "two-million", left, right, ticks)

@@ -439,8 +439,8 @@ def parser():
         help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: search; with "
         "--short and --export the long set's, since Hugging Face has one for both)")
     add("--slow-least", type=float, metavar="R", help="no factor below R s, R up to 1.25, for slow pairs, those that "
-        "make no full turn within the window: it keeps pass keys; 0 where plain RoPE beats formulas, as in Qwen2.5 "
-        f"(default: {SLOW_LEAST}; 0, as in the paper, with --fitness ppl or --short)")
+        f"make no full turn within the window: it keeps pass keys (default: {SLOW_LEAST}; 0, as "
+        "in the paper, with --fitness ppl or --short, and where plain RoPE beats YaRN)")
     add("--start-from", dest="start", type=Path, metavar="ROPE",
         help="rope.json, say of another length, whose factors, put within the bounds, are a first candidate, too")
     add("--init", type=Path, metavar="ROPE", help="rope.json of a fine-tuned model: search a second stage on top of it")
@@ -529,6 +529,12 @@ def main(argv=None):
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
     say_cost(args, model, documents[0], prompts["search"], max(0, args.max_evals - evaluate.there),
              (args.last + 1) * args.searched + (len(ropes) + 1) * len(documents))
+    if args.slow_least is None and args.bound:
+        none, yarn = evaluate.found([(ropes["none"], 0), (ropes["yarn"], 0)])
+        if none < yarn:
+            say("plain RoPE is better than YaRN: --slow-least 0")
+            args.bound = record["arguments"]["bound"] = 0
+            space, starts = first_candidates(args, problem, start)
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     evaluate.bar.close()
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)

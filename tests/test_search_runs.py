@@ -217,7 +217,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     lines = (alone / "history.jsonl").read_bytes().splitlines(True)
     cut.mkdir()
     left = sum('"item"' in line.decode() for line in lines)
-    for kept in (2 + 3 * EVALUATIONS - 1, 2 + 3 * EVALUATIONS + 5):  # in the search, in the last stage
+    for kept in (4 + 3 * EVALUATIONS - 1, 4 + 3 * EVALUATIONS + 5):  # in the search, in the last stage
         (cut / "history.jsonl").write_bytes(b"".join(lines[:kept]))
         measured.clear()
         search.main([*keys, "--out", str(cut)])
@@ -229,7 +229,23 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     assert [process.join(100) or process.exitcode for process in both] == [0, 0]
     assert result(tmp_path / "both") == result(alone)
     items = [type(row["item"]) for row in rows_of(tmp_path / "both", "rope")]  # alike ones in a round
-    assert items[:11] == [int] * 6 + [str] * 5
+    assert items[:13] == [int] * (2 + 6) + [str] * 5  # plain RoPE and YaRN, the first five candidates
+
+
+@pytest.mark.parametrize("given", ["", "--slow-least 1.19", "--fitness ppl"])
+def test_where_plain_rope_is_better_than_yarn_slow_pairs_are_bounded_only_if_that_is_asked_for(
+        tiny, books, tmp_path, monkeypatch, capsys, given):
+    """As in Qwen2.5, whose theta is a million: so plain RoPE itself is a candidate."""
+    measure, none = search.measure, make_rope([1.0] * PAIRS, 1.0, attention_factor=1.0).long
+    monkeypatch.setattr(search, "measure", lambda model, rope, item: measure(model, rope, item) if isinstance(
+        item, list) else 1.0 + (rope.long.rescale_factors != none.rescale_factors))
+    search.main(command(tiny, books, tmp_path, "--attention-factor", "none", "--fitness", "keys", *given.split()))
+    genes = {row["origin"]: tuple(row["genes"]["rescale_factors"]) for row in rows_of(tmp_path)}
+    free = "1.19" not in given
+    assert (genes["none"] == none.rescale_factors) is free and (max(genes["none"][-1:]) >= 4.76) is not free
+    assert ("--slow-least 0" in capsys.readouterr().out) is (given == "")
+    record = json.loads((tmp_path / "rope.json").read_text())["search"]
+    assert record["arguments"]["bound"] == (0 if free else 1.19)
 
 
 def test_where_a_prompt_does_not_fit_that_is_said_and_perplexity_is_what_is_searched(tiny, books, tmp_path, capsys):

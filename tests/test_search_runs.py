@@ -137,7 +137,7 @@ def test_rope_json_is_the_best_of_the_history_and_measures_what_it_says(undistur
     assert row == {"rope": "searched", "attention_factor": SU, "search": on, "unseen": off, "keys": row["keys"],
                    "fitness": fitness} and row["keys"] in range(11)
     assert (record["model"], record["target_length"], record["seed"]) == (str(tiny), LENGTH, 0)
-    assert record["evaluations"] == EVALUATIONS
+    assert (record["evaluations"], record["kept"]) == (EVALUATIONS, "searched")
     assert record["data_sha256"] == data_hash([tokens for _, tokens in found])
     assert record["data"] == ["book0.txt", "book1.txt", "book2.txt"]
 
@@ -439,7 +439,7 @@ def searched_on(init, tiny, books, *changes):
     search.main(command(tiny, books, out, "--init", init, *changes))
     rope, record = load_rope(out / "rope.json"), written(out)[1]
     rows = {row["rope"]: row["search"] for row in record["comparison"]}
-    assert record["perplexity"] == rows["searched"]
+    assert record["perplexity"] == rows[record["kept"]] == rows["searched"]
     return rope, record, rows
 
 
@@ -455,6 +455,7 @@ def test_a_second_stage_multiplies_and_the_short_set_stays(init, tiny, books):
 @pytest.mark.parametrize("length", [WINDOW, 2 * WINDOW])
 def test_short_replaces_the_short_set_and_leaves_the_long_one(init, tiny, books, length):
     rope, record, rows = searched_on(init, tiny, books, "--short", "--len", length)
+    assert record["kept"] == "searched"
     assert rope == replace(FINETUNED, short=best_of(init.parent / "out"), short_max_length=length)
     assert rows["searched"] == ppl_of(tiny, books, rope, length) and rows["long"] == ppl_of(
         tiny, books, replace(FINETUNED, short=None), length)
@@ -463,12 +464,13 @@ def test_short_replaces_the_short_set_and_leaves_the_long_one(init, tiny, books,
 @pytest.mark.parametrize("better, length, least", [
     ("none", WINDOW, 0), ("long", WINDOW, 0), ("long", WINDOW + 8, 1), ("none", 128, 1.19), ("long", 128, 1.19)])
 def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_and_within_the_bound(
-        init, tiny, books, monkeypatch, better, length, least):
+        init, tiny, books, monkeypatch, capsys, better, length, least):
     compare, kept = search.Evaluator.compare, least <= 1
     monkeypatch.setattr(search.Evaluator, "compare", lambda *given: [
         row | {"fitness": 0.0} if row["rope"] == better else row for row in compare(*given)])
-    rope, *_ = searched_on(init, tiny, books, "--short", "--len", length, *["--slow-least", least] * (least > 0))
-    assert rope.long == FINETUNED.long
+    rope, record, _ = searched_on(init, tiny, books, "--short", "--len", length, *["--slow-least", least] * (least > 0))
+    assert (record["kept"] == better) is kept and rope.long == FINETUNED.long
+    assert (f"rope.json ({better})" in capsys.readouterr().out) is kept
     if kept:
         assert rope.at(length) == (plain(PAIRS) if better == "none" else FINETUNED.long)
     else:
@@ -493,8 +495,8 @@ def test_a_search_from_good_factors_ends_no_worse(undisturbed, tiny, books, tmp_
     ("--slow-least 1.26", "above 5, the largest"), ("--slow-least 0.2", "bounds nothing"),
     ("--out init.json", "init.json"),
     ("--export hf --n-hat 4", "n_hat"), ("--export hf --init init.json --len 512", "n_hat"),
-    ("--context-parallel 2", "--context-parallel 2"),
-    ("--attention-factor 1.1", "--attention-factor")])
+    ("--context-parallel 2", "--context-parallel 2"), *[
+        (f"--attention-factor {x}", "--attention-factor") for x in ("foo", "nan", "0", "1.1")]])
 def test_a_users_mistake_is_one_line_and_exit_code_2(init, tiny, books, tmp_path, monkeypatch, capsys, changes, said):
     monkeypatch.chdir(tmp_path)
     write_json("other.json", rope_to_dict(make_rope(random_factors(0, 4, pairs=16), 4.0)))

@@ -57,20 +57,13 @@ def test_the_readme_is_short_in_words_paragraphs_and_tables():
         assert len(rows) - 2 <= 8 and max(row.count("|") - 1 for row in rows) <= 6, rows[0]
 
 
-def found(name, rope):
-    """{length: [perplexity]} or {length: [hit or not, ...]} of results/smollm2/NAME.jsonl, of the ropes that end so."""
-    rows = {}
-    for row in map(json.loads, (ROOT / f"results/smollm2/{name}.jsonl").read_text().splitlines()):
-        if row.get("rope", "").endswith(rope):
-            rows.setdefault(str(row["length"]), []).append(row["ppl" if name[:3] == "ppl" else "hit"])
-    return rows
-
-
-def test_the_numbers_of_the_readme_are_those_in_its_files():
-    text = PAGES[ROOT / "README.md"]
+def test_the_numbers_of_the_readme_are_those_in_its_files(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/experiments")
+    values, text = import_module("plots").values, PAGES[ROOT / "README.md"]
     table = re.search(r"^\| \| 8192 .*\n(?:\|.*\n)+", text, re.MULTILINE)[0].splitlines()
     (_, *lengths), _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in table)
-    sources = {name: (found(f"ppl-{file}", rope), found(f"passkey-{file}", rope)) for name, file, rope in (
+    sources = {name: [values(ROOT / f"results/smollm2/{what}-{file}.jsonl", rope) for what in ("ppl", "passkey")]
+               for name, file, rope in (
         ("as trained", "128k", "none"), ("YaRN", "64k", "yarn"), ("control", "control", "none"),
         ("fine-tuned for 131072", "tuned", "recovered/rope.json"))}
     searched = json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
@@ -79,11 +72,11 @@ def test_the_numbers_of_the_readme_are_those_in_its_files():
     assert "perplexity {:.1f} and {:.1f} with two seeds".format(*both) in text
     within = sources["as trained"]  # where the searched set is not used
     sources["searched for 65536, seed 0"] = (
-        within[0] | {length: [ppl] for length, ppl in first["perplexity"].items()},
-        within[1] | {length: [True] * hits for length, hits in first["keys"]["seed 0"].items()})
+        within[0] | {int(length): [ppl] for length, ppl in first["perplexity"].items()},
+        within[1] | {int(length): [True] * hits for length, hits in first["keys"]["seed 0"].items()})
     for name, *cells in rows:
         for length, cell in zip(lengths, cells):
-            ppl, hits = (source.get(length) for source in sources[name])
+            ppl, hits = (source.get(int(length)) for source in sources[name])
             if cell:
                 shown = f"{ppl[0]:.0f}" if ppl[0] > 1000 else f"{ppl[0]:.1f}"
                 assert cell.replace("*", "") == f"{shown} ({sum(hits)})", (name, length)

@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from longrope import FORMULAS  # noqa: E402
+from longrope import FORMULAS, inv_freq_of  # noqa: E402
 
 PROGRESSIVE = (  # label, files, end of the rope's name, colour, line
     ("as trained", "as-trained", "none", "#999999", "-"),
@@ -67,7 +67,7 @@ def idea(path):
                  if (row["key_weight"], row["seed"]) == (0.03, 0))
     window, theta, s = found["original_max_position_embeddings"], found["rope_theta"], found["factor"]
     pairs = np.arange(len(found["long_factor"]))
-    turns = window / (2 * math.pi) * theta ** (-pairs / len(pairs))
+    turns = window / (2 * math.pi) * inv_freq_of(np.ones(len(pairs)), theta)
     critical = int((turns >= 1).sum())
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     left.plot(pairs, turns, color="black")
@@ -81,7 +81,7 @@ def idea(path):
     middle.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$", title=f"factors for {s:g} times the window")
     middle.legend(fontsize=9)
     n, pair = np.array([0, s * window]), critical + 4
-    trained = window * theta ** (-pair / len(pairs))
+    trained = 2 * math.pi * turns[pair]
     right.axhspan(0, trained, color="#E0E0E0", label="angles seen in training")
     right.plot(n, n * trained / window, color="#999999", label=r"$\lambda = 1$")
     right.plot(n, n * trained / window / found["long_factor"][pair], color="#0072B2", label="searched")

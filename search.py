@@ -246,9 +246,9 @@ def formulas(problem, length, beyond=1.0):
 
 
 def first_candidates(args, problem, start=None):
-    """(Space, {candidate: name}): the set of --start-from; YaRN, NTK and PI for --slow-least times --len tokens; the
+    """(Space, {candidate: name}): the set of --start-from; YaRN, NTK and PI for `args.beyond` times --len tokens; the
     rope's own sets. All are clipped to the bounds."""
-    rope, base, beyond = problem.rope, problem.base.rescale_factors, args.len / problem.window
+    rope, base, s = problem.rope, problem.base.rescale_factors, args.len / problem.window
     window, largest = rope.original_max_position_embeddings, round(1.25 * problem.scale, 2)
     scale = rope.scale if problem.short else args.len / window
     fixed = {"su": su_factor(scale, window), "yarn": yarn_factor(scale), "none": 1.0,
@@ -257,16 +257,16 @@ def first_candidates(args, problem, start=None):
     if args.attention_factor == "search":
         low, high = 1.0, round(1.25 * fixed["su"], 2)
     slow = problem.window / (2 * math.pi) * inv_freq_of(base, rope.rope_theta) < 1  # no full turn within the window
-    least = round(args.bound * beyond, 2)
-    if args.slow_least and not (beyond > 1 and slow.any() and 1 < least <= largest):
+    least = round(args.bound * s, 2)
+    if args.slow_least and not (s > 1 and slow.any() and 1 < least <= largest):
         raise UserError(f"--slow-least {args.slow_least:g} bounds nothing, or above {largest:g}, the largest factor: "
-                        f"{slow.sum()} pairs are slow, s is {beyond:.4g}")
+                        f"{slow.sum()} pairs are slow, s is {s:.4g}")
     smallest = np.maximum.accumulate(np.where(slow, max(1.0, least), 1.0))
     n_hats = N_HAT if args.n_hat == "search" else (args.n_hat,)
 
     begins = su_factor(args.len / window if args.len > window else scale, window)
     sets = {name: replace(factors, attention_factor=max(begins, factors.attention_factor))
-            for name, factors in reversed(formulas(problem, args.len, max(1.0, args.bound)).items())} | problem.known
+            for name, factors in reversed(formulas(problem, args.len, args.beyond).items())} | problem.known
     if start:
         relative = tuple(np.divide(start.rescale_factors, base))
         if not is_monotone(relative):
@@ -440,19 +440,26 @@ def parser():
         "--short and --export the long set's, since Hugging Face has one for both)")
     add("--slow-least", type=float, metavar="R", help="no factor below R s, R up to 1.25, for slow pairs, those that "
         f"make no full turn within the window: it keeps pass keys (default: {SLOW_LEAST}; 0, as "
-        "in the paper, with --fitness ppl or --short, and where plain RoPE beats YaRN)")
+        "in the paper, with --fitness ppl or --short)")
     add("--start-from", dest="start", type=Path, metavar="ROPE",
         help="rope.json, say of another length, whose factors, put within the bounds, are a first candidate, too")
     add("--init", type=Path, metavar="ROPE", help="rope.json of a fine-tuned model: search a second stage on top of it")
     add("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     add("--screening", type=natural, default=64, metavar="N",
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
-    add("--fitness", choices=["keys", "ppl"], default="keys",
-        help=f"keys = NLL a token + {KEY_WEIGHT} log(1 + NLL of a pass key), ppl = the first alone, as in the paper")
+    add("--fitness", choices=["keys", "ppl"],
+        help=f"keys = NLL a token + {KEY_WEIGHT} log(1 + NLL of a pass key), ppl = the first alone, as in the paper "
+        "(default: keys, but ppl where plain RoPE beats YaRN)")
     add("--max-evals", type=natural, metavar="N", help="stop after so many candidates")
     add("--out", type=Path, help="directory of the result (default: out/search-LEN, or -LEN-short)")
     add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result, too")
     return p
+
+
+def set_bound(args, default, beyond=1.0):
+    """On slow pairs; the formulas begin within it, for `beyond` times --len tokens or more."""
+    args.bound = default if args.slow_least is None else args.slow_least
+    args.beyond = max(beyond, args.bound)
 
 
 def fill_in(args, model):
@@ -460,8 +467,9 @@ def fill_in(args, model):
     args.len = args.len or (1 if args.short else 8) * model.window
     args.out = args.out or Path(f"out/search-{args.len}{'-short' * args.short}")
     args.attention_factor = args.attention_factor or ("the long set's" if args.short and args.export else "search")
-    on_cpu, keys = model.unembedding.device.type == "cpu", args.fitness == "keys" and not args.short
-    args.bound = SLOW_LEAST * keys if args.slow_least is None else args.slow_least
+    on_cpu = model.unembedding.device.type == "cpu"
+    args.fitness = "keys" if args.short and not args.fitness else args.fitness
+    set_bound(args, SLOW_LEAST * (args.fitness != "ppl" and not args.short))
     # how many candidates are measured again before the table, and whether its prompts are read whole
     args.last, args.whole_prompts = (3, False) if on_cpu else (12, args.len <= 131072 and args.context_parallel == 1)
     args.documents = max(2 * args.samples, 4 if on_cpu else 10)  # half of them to compare on
@@ -492,7 +500,7 @@ def read_data(args, model, tokenizer):
     args.samples = min(args.samples, len(documents))
     args.turns = max(1, len(documents) // 2 // args.samples)  # candidates, until the same documents come again
     args.searched = args.turns * args.samples
-    counts = {"search": 5 * (args.fitness == "keys"), "last": KEYS * (args.fitness == "keys"), "table": KEYS}
+    counts = ({"search": 5, "last": KEYS} if args.fitness != "ppl" else {}) | {"table": KEYS}
     try:
         prompts = {name: prompts_in_pieces(tokenizer, args.len, f"{name} {args.seed}", count,
                                            name == "table" and args.whole_prompts) for name, count in counts.items()}
@@ -527,14 +535,17 @@ def main(argv=None):
               "target_length": args.len, "seed": args.seed} | recorded(args)
     journal = Journal(args.out / "history.jsonl", setup, record, ["rope.json"])
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
-    say_cost(args, model, documents[0], prompts["search"], max(0, args.max_evals - evaluate.there),
+    say_cost(args, model, documents[0], prompts.get("search", []), max(0, args.max_evals - evaluate.there),
              (args.last + 1) * args.searched + (len(ropes) + 1) * len(documents))
-    if args.slow_least is None and args.bound:
+    if not args.fitness:
         none, yarn = evaluate.found([(ropes["none"], 0), (ropes["yarn"], 0)])
-        if none < yarn:
-            say("plain RoPE is better than YaRN: --slow-least 0")
-            args.bound = record["arguments"]["bound"] = 0
+        args.fitness = "ppl" if none < yarn else "keys"
+        if none < yarn:  # as with a theta of a million: slow pairs do no harm, pieces of prompts mislead
+            say("plain RoPE is better than YaRN: --fitness ppl, from formulas for the square root of s")
+            set_bound(args, 0, problem.scale ** -0.5)
             space, starts = first_candidates(args, problem, start)
+            evaluate.items = {label: item for label, item in evaluate.items.items() if label not in ("search", "last")}
+        record["arguments"] |= {"fitness": args.fitness, "bound": args.bound}
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     evaluate.bar.close()
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)

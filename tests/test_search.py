@@ -370,7 +370,7 @@ def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():
     for length, scale, least in ((2 * WINDOW, 4.0, 2.38), (7 * WINDOW, 16.0, 8.33)):  # of how far beyond, not of s
         _, space = begun(recovery(extended(scale), length), length, "--slow-least", "1.19")
         assert space.smallest == tuple(np.where(SLOW, least, 1.0))
-    starts, space = begun(first_stage(ROPE, 256), 256, "--fitness", "keys")  # the default
+    starts, space = begun(first_stage(ROPE, 256), 256, "--fitness", "keys")
     assert space.smallest == starts["none"].rescale_factors == tuple(np.where(SLOW, 4.76, 1.0))
     longer = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, 4 * 1.19)  # its slow pairs are within the bound
     assert np.abs(np.subtract(starts["yarn"].rescale_factors, longer.rescale_factors)).max() <= 0.0051
@@ -383,7 +383,7 @@ def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():
 def test_a_slow_least_that_bounds_nothing_is_said_where_it_is_given(problem, length, least):
     with pytest.raises(UserError, match="bounds nothing"):
         begun(problem, length, "--slow-least", least)
-    begun(problem, length, "--fitness", "keys")  # the default
+    begun(problem, length, "--fitness", "keys")
     assert set(begun(problem, length, "--fitness", "keys", "--slow-least", "0")[1].smallest) == {1.0}
 
 

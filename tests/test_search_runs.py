@@ -41,6 +41,11 @@ def command(tiny, books, out, *changes):
         2, "--screening", 8, "--attention-factor", "su", "--out", out, "--device", "cpu", *changes)]
 
 
+def default_fitness(command):
+    at = command.index("--fitness")
+    return command[:at] + command[at + 2:]
+
+
 def rows_of(out, kind="genes"):
     """The candidates in a history, or kind="rope" all that was measured, without the time it took."""
     rows = []
@@ -196,7 +201,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
         tiny, books, tmp_path, measured):
     """Fitness is NLL a token and a little of the keys. The best three are measured on all documents and other keys."""
     alone, cut = tmp_path / "alone", tmp_path / "cut"
-    keys, last, found = command(tiny, books, alone, "--fitness", "keys", "--samples", 1, "--seed", 4), {}, {}
+    keys, last, found = default_fitness(command(tiny, books, alone, "--samples", 1, "--seed", 4)), {}, {}
     search.main(keys)
     for row in rows_of(alone, "rope"):
         found.setdefault(row["rope"], {})[row["item"]] = row["found"]
@@ -232,20 +237,27 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     assert items[:13] == [int] * (2 + 6) + [str] * 5  # plain RoPE and YaRN, the first five candidates
 
 
-@pytest.mark.parametrize("given", ["", "--slow-least 1.19", "--fitness ppl"])
-def test_where_plain_rope_is_better_than_yarn_slow_pairs_are_bounded_only_if_that_is_asked_for(
-        tiny, books, tmp_path, monkeypatch, capsys, given):
-    """As in Qwen2.5, whose theta is a million: so plain RoPE itself is a candidate."""
+@pytest.mark.parametrize("given, fitness, bound, s", [
+    ("", "ppl", 0, 2.0), ("--slow-least 1.19", "ppl", 1.19, 4.76), ("--fitness keys", "keys", 1.19, 4.76),
+    ("--fitness ppl", "ppl", 0, 4.0)])
+def test_where_plain_rope_is_better_than_yarn_perplexity_is_searched_unless_keys_are_asked_for(
+        tiny, books, tmp_path, monkeypatch, capsys, given, fitness, bound, s):
+    """As in Qwen2.5, whose theta is a million: plain RoPE itself is a candidate then, and formulas for less than s."""
     measure, none = search.measure, make_rope([1.0] * PAIRS, 1.0, attention_factor=1.0).long
     monkeypatch.setattr(search, "measure", lambda model, rope, item: measure(model, rope, item) if isinstance(
         item, list) else 1.0 + (rope.long.rescale_factors != none.rescale_factors))
-    search.main(command(tiny, books, tmp_path, "--attention-factor", "none", "--fitness", "keys", *given.split()))
-    genes = {row["origin"]: tuple(row["genes"]["rescale_factors"]) for row in rows_of(tmp_path)}
-    free = "1.19" not in given
-    assert (genes["none"] == none.rescale_factors) is free and (max(genes["none"][-1:]) >= 4.76) is not free
-    assert ("--slow-least 0" in capsys.readouterr().out) is (given == "")
+    search.main([*default_fitness(command(tiny, books, tmp_path, "--attention-factor", "none")), *given.split()])
+    rows = rows_of(tmp_path)
+    genes = {row["origin"]: row["genes"]["rescale_factors"] for row in rows}
+    assert set(genes["none"]) == ({1.0, 4.76} if bound else {1.0})
+    formula = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, s).rescale_factors
+    assert np.abs(np.subtract(genes["yarn"], formula)).max() <= 0.0051
+    assert all(row["answer_nll"] > 0 for row in rows) if fitness == "keys" else not any(row["keys"] for row in rows)
+    assert ("--fitness ppl" in capsys.readouterr().out) is ("--fitness" not in given)
     record = json.loads((tmp_path / "rope.json").read_text())["search"]
-    assert record["arguments"]["bound"] == (0 if free else 1.19)
+    assert (record["arguments"]["fitness"], record["arguments"]["bound"]) == (fitness, bound)
+    assert {row["item"] for row in rows_of(tmp_path, "rope") if type(row["item"]) is str} == (
+        {"search", "last", "table"} if fitness == "keys" else {"table"})
 
 
 def test_where_a_prompt_does_not_fit_that_is_said_and_perplexity_is_what_is_searched(tiny, books, tmp_path, capsys):

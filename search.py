@@ -193,13 +193,14 @@ def first_stage(rope, length):
     """From the window that the model was trained on, onto what it was trained with."""
     window = rope.original_max_position_embeddings
     trained = replace(rope, long=rope.trained, scale=1.0, short=None, short_max_length=0)
-    known = {"none": plain(len(rope.trained.rescale_factors))}  # the best of all where theta is a million
+    known = {"none": plain(len(rope.trained.rescale_factors))}  # better than the formulas where theta is a million
     return Problem(trained, rope.trained, window, length / window, known, short=False)
 
 
 def second_stage(rope, length):
     """From a fine-tuned model's window, without training: lambda = lambda_finetuned * lambda_second (section 3.3)."""
-    return Problem(rope, rope.long, rope.target_length, length / rope.target_length, {}, short=False)
+    known = {"none": replace(rope.long, rescale_factors=(1.0,) * len(rope.long.rescale_factors))}
+    return Problem(rope, rope.long, rope.target_length, length / rope.target_length, known, short=False)
 
 
 def recovery(rope, length):
@@ -236,8 +237,8 @@ def measure(model, rope, item):
 
 
 def formulas(problem, length, beyond=1.0):
-    """PI, NTK and YaRN for `beyond` times `length` tokens, or for s where the base serves so many. YaRN has its own
-    attention factor for all of `length`, the others have the rope's."""
+    """PI, NTK and YaRN for `beyond` times s, which is length over window, or where the base serves so many the
+    problem's. YaRN has its own attention factor for all of `length`, the others have the rope's."""
     rope, s = problem.rope, length / problem.window if length > problem.window else problem.scale
     sets = {name: replace(FORMULAS[name](len(rope.long.rescale_factors), rope.rope_theta, problem.window, beyond * s),
                           n_hat=rope.long.n_hat, attention_factor=rope.long.attention_factor) for name in BASELINES}
@@ -245,9 +246,9 @@ def formulas(problem, length, beyond=1.0):
         sets["yarn"], attention_factor=yarn_factor(length / rope.original_max_position_embeddings))}
 
 
-def first_candidates(args, problem, start=None):
-    """(Space, {candidate: name}): the set of --start-from; YaRN, NTK and PI for `args.beyond` times --len tokens; the
-    rope's own sets. All are clipped to the bounds."""
+def first_candidates(args, problem, start=None, beyond=1.0):
+    """(Space, {candidate: name}): the set of --start-from; YaRN, NTK and PI for `beyond` times s, or more if the bound
+    on slow pairs is; the rope's own sets. All are clipped to the bounds."""
     rope, base, s = problem.rope, problem.base.rescale_factors, args.len / problem.window
     window, largest = rope.original_max_position_embeddings, round(1.25 * problem.scale, 2)
     scale = rope.scale if problem.short else args.len / window
@@ -266,7 +267,7 @@ def first_candidates(args, problem, start=None):
 
     begins = su_factor(args.len / window if args.len > window else scale, window)
     sets = {name: replace(factors, attention_factor=max(begins, factors.attention_factor))
-            for name, factors in reversed(formulas(problem, args.len, args.beyond).items())} | problem.known
+            for name, factors in reversed(formulas(problem, args.len, max(beyond, args.bound)).items())} | problem.known
     if start:
         relative = tuple(np.divide(start.rescale_factors, base))
         if not is_monotone(relative):
@@ -456,20 +457,15 @@ def parser():
     return p
 
 
-def set_bound(args, default, beyond=1.0):
-    """On slow pairs; the formulas begin within it, for `beyond` times --len tokens or more."""
-    args.bound = default if args.slow_least is None else args.slow_least
-    args.beyond = max(beyond, args.bound)
-
-
 def fill_in(args, model):
     """Defaults that depend on the model and the machine."""
     args.len = args.len or (1 if args.short else 8) * model.window
     args.out = args.out or Path(f"out/search-{args.len}{'-short' * args.short}")
     args.attention_factor = args.attention_factor or ("the long set's" if args.short and args.export else "search")
     on_cpu = model.unembedding.device.type == "cpu"
-    args.fitness = "keys" if args.short and not args.fitness else args.fitness
-    set_bound(args, SLOW_LEAST * (args.fitness != "ppl" and not args.short))
+    if args.short and not args.fitness:
+        args.fitness = "keys"
+    args.bound = SLOW_LEAST * (args.fitness != "ppl" and not args.short) if args.slow_least is None else args.slow_least
     # how many candidates are measured again before the table, and whether its prompts are read whole
     args.last, args.whole_prompts = (3, False) if on_cpu else (12, args.len <= 131072 and args.context_parallel == 1)
     args.documents = max(2 * args.samples, 4 if on_cpu else 10)  # half of them to compare on
@@ -487,7 +483,8 @@ def problem_of(args, model):
         raise UserError(f"--len {args.len}: nothing to extend, the window is {problem.window} already")
     if args.export and (args.n_hat or rope.long.n_hat or rope.short and rope.short.n_hat):
         raise UserError("--export: config.json cannot say n_hat above 0")
-    if args.export and (args.export.resolve() == args.out.resolve() or list(args.export.glob("*"))):
+    if args.export and (args.export.resolve() == args.out.resolve() or args.export.is_file() or
+                        list(args.export.glob("*"))):
         raise UserError(f"--export {args.export}: give a new directory, not --out")
     return problem
 
@@ -530,20 +527,20 @@ def main(argv=None):
             "context_parallel", "fitness"} - {"iterations"}  # which may grow
     setup = describe(model, tokenizer) | {key: getattr(args, key) for key in sorted(same)} | {
         "data_sha256": data_hash(documents), "base": rope_to_dict(problem.rope),
-        "starts": sha256_of([asdict(c) for c in starts])}
+        "starts": sha256_of([asdict(c) for c in (*starts, *[start] * bool(start))])}
     record = {"model": str(args.model), "data": names[:args.searched], "data_sha256": setup["data_sha256"],
               "target_length": args.len, "seed": args.seed} | recorded(args)
     journal = Journal(args.out / "history.jsonl", setup, record, ["rope.json"])
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
     say_cost(args, model, documents[0], prompts.get("search", []), max(0, args.max_evals - evaluate.there),
-             (args.last + 1) * args.searched + (len(ropes) + 1) * len(documents))
+             (args.last + 1) * args.searched + (len(ropes) + 1) * (len(documents) + KEYS * args.whole_prompts))
     if not args.fitness:
-        none, yarn = evaluate.found([(ropes["none"], 0), (ropes["yarn"], 0)])
-        args.fitness = "ppl" if none < yarn else "keys"
-        if none < yarn:  # as with a theta of a million: slow pairs do no harm, pieces of prompts mislead
-            say("plain RoPE is better than YaRN: --fitness ppl, from formulas for the square root of s")
-            set_bound(args, 0, problem.scale ** -0.5)
-            space, starts = first_candidates(args, problem, start)
+        none, yarn = evaluate.compare({name: ropes[name] for name in ("none", "yarn")}, "first", args.searched)
+        args.fitness = "ppl" if none["search"] < yarn["search"] else "keys"
+        if args.fitness == "ppl":  # as with a theta of a million: slow pairs do no harm, pieces of prompts mislead
+            say("plain RoPE is better than YaRN: --fitness ppl")
+            args.bound = args.slow_least or 0
+            space, starts = first_candidates(args, problem, start, problem.scale ** -0.5)  # for the square root of s
             evaluate.items = {label: item for label, item in evaluate.items.items() if label not in ("search", "last")}
         record["arguments"] |= {"fitness": args.fitness, "bound": args.bound}
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)

@@ -286,6 +286,7 @@ def test_an_export_copies_the_weights_and_says_what_the_config_cannot(tmp_path, 
 
     write_json(tmp_path / "rope.json", rope_to_dict(make_rope((1.5,) * PAIRS, 2.0, n_hat=4)))
     for more, line in (((), "export: give a new directory"), (("--export", phi3), "give a new directory"),
+                       (("--export", phi3 / "config.json"), "give a new directory"),
                        (("--export", tmp_path / "e", "--n-hat", "search"), "n_hat"),
                        (("--export", tmp_path / "e", "--n-hat", "8"), "n_hat"),
                        (("--export", tmp_path / "e", "--init", tmp_path / "rope.json"), "n_hat")):

@@ -346,8 +346,7 @@ def test_lambda_goes_to_a_quarter_above_s_and_first_candidates_lie_within_all_bo
     starts, space = begun(kind(rope, length), length, "--n-hat", n_hat, "--attention-factor", attention, start=far)
     assert space.largest == largest and set(space.smallest) == {1.0}
     assert space.n_hats == (N_HAT if n_hat == "search" else (int(n_hat),))
-    known = [*["none"] * (kind != second_stage), *["long"] * (kind == recovery)]
-    assert [*starts] == ["start", *reversed(BASELINES), *known]
+    assert [*starts] == ["start", *reversed(BASELINES), "none", *["long"] * (kind == recovery)]
     beyond = scale if kind is recovery else length / WINDOW
     su = su_factor(beyond, WINDOW)
     fixed = {"su": su, "yarn": 0.1 * math.log(beyond) + 1, "none": 1.0}.get(attention)
@@ -358,6 +357,8 @@ def test_lambda_goes_to_a_quarter_above_s_and_first_candidates_lie_within_all_bo
     if n_hat == attention == "search":
         assert (starts["start"].n_hat, starts["start"].attention_factor) == (256, round(1.25 * su, 2))
         assert starts["yarn"].n_hat == (0 if kind is first_stage else 8)  # the model's own
+        none = starts["none"].n_hat, starts["none"].attention_factor
+        assert none == ((8, space.attention[1]) if kind is second_stage else (0, 1.0))
 
 
 def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():

@@ -222,7 +222,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     lines = (alone / "history.jsonl").read_bytes().splitlines(True)
     cut.mkdir()
     left = sum('"item"' in line.decode() for line in lines)
-    for kept in (4 + 3 * EVALUATIONS - 1, 4 + 3 * EVALUATIONS + 5):  # in the search, in the last stage
+    for kept in (6 + 3 * EVALUATIONS - 1, 6 + 3 * EVALUATIONS + 5):  # in the search, in the last stage
         (cut / "history.jsonl").write_bytes(b"".join(lines[:kept]))
         measured.clear()
         search.main([*keys, "--out", str(cut)])
@@ -234,7 +234,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     assert [process.join(100) or process.exitcode for process in both] == [0, 0]
     assert result(tmp_path / "both") == result(alone)
     items = [type(row["item"]) for row in rows_of(tmp_path / "both", "rope")]  # alike ones in a round
-    assert items[:13] == [int] * (2 + 6) + [str] * 5  # plain RoPE and YaRN, the first five candidates
+    assert items[:15] == [int] * (4 + 6) + [str] * 5  # plain RoPE and YaRN, the first five candidates
 
 
 @pytest.mark.parametrize("given, fitness, bound, s", [

@@ -1,6 +1,7 @@
-"""The idea of the method, and perplexity and pass keys over the length: of the progressive run and of SmolLM2.
+"""The idea of the method, one sequence over several processes, and perplexity and pass keys over the length: of the
+progressive run and of SmolLM2.
 
-    $ python tests/experiments/plots.py   # assets/idea.png, progressive.png and smollm2_ppl.png, from results/
+    $ python tests/experiments/plots.py   # assets/{idea,context_parallel,progressive,smollm2_ppl}.png, from results/
 """
 import json
 import math
@@ -94,8 +95,39 @@ def idea(path):
     fig.savefig(path, dpi=110)
 
 
+def context_parallel(path, processes=4):
+    """Which of the 2N chunks of a sequence are whose (`Context` in longrope.py), and the keys that each needs."""
+    colors, chunks = ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), 2 * processes
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(4, 5))
+    for i in range(chunks):
+        owner = min(i, chunks - 1 - i)
+        for j in range(i + 1):
+            whole = [[0, 0, 1, 1], [0, 1, 1, 0]] if j < i else [[0, 0, 1], [0, 1, 1]]  # or a triangle: causal
+            left.fill(np.add(whole[0], j), np.add(whole[1], i), color=colors[owner], alpha=1 if j == i else 0.45, lw=0)
+    left.set(xlabel="keys and values, by chunk", ylabel="queries, by chunk", aspect="equal", xlim=(0, chunks),
+             ylim=(chunks, 0), title="causal attention: each process has an equal share")
+    for ticks in (left.set_xticks, left.set_yticks):
+        ticks(np.arange(chunks) + 0.5, range(chunks))
+    right.set(xlim=(0, chunks + 0.2), ylim=(processes + 2.2, -0.8), title="what is where, in each layer")
+    right.axis("off")
+
+    def box(x, y, chunk, alpha):
+        color = colors[min(chunk, chunks - 1 - chunk)]
+        right.add_patch(plt.Rectangle((x, y), 0.86, 0.7, color=color, alpha=alpha, lw=0))
+        right.text(x + 0.43, y + 0.35, str(chunk), ha="center", va="center")
+    for r in range(processes):
+        right.text(0, r + 0.35, f"process {r}: tokens and queries of chunks", va="center")
+        for at, chunk in enumerate((r, chunks - 1 - r)):
+            box(4.4 + at, r, chunk, 1)
+    right.text(0, processes + 0.3, "gathered by every process: keys and values of all, in order", va="center")
+    for chunk in range(chunks):
+        box(chunk, processes + 0.7, chunk, 0.45)
+    fig.savefig(path, dpi=110)
+
+
 def main(assets):
     idea(assets / "idea.png")
+    context_parallel(assets / "context_parallel.png")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
     ticks = {1024: "1024", 8192: "8192", 32768: "32768", 65536: "", 524288: "524288"}
     draw(PROGRESSIVE, ROOT / "results" / "two-million", left, right, ticks)

@@ -88,8 +88,8 @@ def reading_order(count, epoch, batch_size, seed, lengths):
 
 def batch_of(data, step, batch_size, seed, mix=()):
     """The tokens (B, T) of a step: segments of `data` (N, T) or, as many, pieces of a length of `mix`, BOS and EOS in
-    place of each one's first and last. Pieces within the original window are trained under the short set, so that it
-    is not forgotten (LongRoPE2's mixed context window training, arXiv 2502.20082)."""
+    place of each one's first and last. Pieces that the short set serves are trained under it, lest the window is
+    forgotten (LongRoPE2's mixed context window training, arXiv 2502.20082)."""
     lengths = (data.shape[1], *mix)
     length = step_length(step, seed, lengths)
     places = (divmod(at, len(data)) for at in range(step * batch_size, (step + 1) * batch_size))
@@ -307,13 +307,15 @@ def mixed(entry):
 def parser():
     p = Parser(__doc__)
     p.set_defaults(context_parallel=None)
+    p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of what is computed; weights and optimizer are "
+                   "float32 (default: bfloat16 on cuda, float32 on cpu)")
     p.add_argument("--rope", help="rope.json, none, pi, ntk, yarn, yarn:16 to fix s (default: the model's own; for the "
                    "bundled one out/search-LEN/rope.json or assets/rope.json)")
     p.add_argument("--len", type=natural, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=mixed, nargs="+", default=[], metavar="LEN[:TIMES]",
                    help="each step is of whole segments or, as likely or TIMES as likely, of pieces of one of these "
-                   "lengths, which divide --len; pieces that the short set serves are trained under it, so that the "
-                   "window is not forgotten (default: whole segments alone)")
+                   "lengths, which divide --len (LEN itself counts once more); pieces that the short set serves are "
+                   "trained under it, lest the window is forgotten (default: whole segments alone)")
     p.add_argument("--steps", type=natural, default=20, help="optimizer steps (default: 20)")
     p.add_argument("--lr", type=float, default=2e-5, help="peak learning rate (default: 2e-5)")
     p.add_argument("--schedule", choices=["linear", "constant"], default="linear", help="decay (default: linear)")
@@ -337,8 +339,6 @@ def complete(args, model, device):
     args.mix = [length for entry in args.mix for length in entry]
     if not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr:g}: give a number above 0 and below 1")
-    if args.dtype == "float16":
-        raise UserError("--dtype float16: gradients would vanish in it; take bfloat16 or float32")
     for length in (args.len, *args.mix):
         if length < 4 or args.len % length:
             raise UserError(f"--len {args.len}{f' --mix {length}' * (length != args.len)}: give at least 4, and what "

@@ -1166,14 +1166,15 @@ class Parser(argparse.ArgumentParser):
     """With a script's docstring and the arguments that all have. A mistake is one line."""
 
     def __init__(self, doc, data=True):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         conflict_handler="resolve")
         add = self.add_argument
         add("--model", default=os.path.relpath(BUNDLED_MODEL), help="directory or Hub id (default: the bundled model)")
         if data:
             add("--data", nargs="+", default=[], metavar="PATH", help=".txt files, directories of them "
-                "or .jsonl(.gz) with a \"text\" field (default: five of the bundled books)")
+                "or .jsonl(.gz) with a \"text\" field (default: five of the bundled books, in finetune.py the others)")
         add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
-            "sequence (default: 1; in finetune.py as few as share --batch-size evenly)")
+            "sequence (default: 1; in finetune.py processes / gcd(processes, --batch-size))")
         add("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
         add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
         add("--no-compile", dest="compile", action="store_false", help="no torch.compile, which needs a C compiler")

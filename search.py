@@ -5,10 +5,11 @@
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --len 2097152       # second stage, no more training
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --short --len 8192  # short-window recovery
 
-The paper's search to the letter is --fitness ppl --screening 1 --n-hat search --attention-factor su --samples 5
---population-size 64 --num-mutations 16 --num-crossovers 16 --num-parents 32 --iterations 40; here fewer candidates find
-one set that also retrieves. In --out: rope.json, the best factors so far at any time; history.jsonl, a line for each
-measurement and each candidate, from which the same command goes on where it was stopped; search.png.
+The paper's search, but for plain RoPE among the first candidates, is --fitness ppl --screening 1 --n-hat search
+--attention-factor su --samples 5 --population-size 64 --num-mutations 16 --num-crossovers 16 --num-parents 32
+--iterations 40; here fewer candidates find one set that also retrieves. In --out: rope.json, the best factors so far at
+any time; history.jsonl, a line for each measurement and each candidate, from which the same command goes on where it
+was stopped; search.png.
 """
 import itertools
 import math
@@ -100,7 +101,7 @@ def unseen(make, count, seen):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Algorithm 1
+# Algorithm 1. Not the paper's is the screening of new candidates by a Gaussian process (--screening 1: none).
 
 
 def search(args, rng, starts, space, evaluate):
@@ -428,7 +429,8 @@ def parser():
     add = p.add_argument
     add("--len", type=partial(whole, least=2), help="target length (default: 8 windows of the model, with --short one)")
     add("--samples", type=natural, default=1, metavar="N",
-        help="documents a candidate is evaluated on, in turn those of the search (default: 1; the paper: all 5)")
+        help="documents a candidate is evaluated on, in turn those of the search; of 10 or 2 N documents half are to "
+        "compare on (default: 1; the paper: all 5)")
     for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
@@ -453,7 +455,8 @@ def parser():
         "(default: keys, but ppl where plain RoPE beats YaRN)")
     add("--max-evals", type=natural, metavar="N", help="stop after so many candidates")
     add("--out", type=Path, help="directory of the result (default: out/search-LEN, or -LEN-short)")
-    add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result, too")
+    add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result and a copy of "
+        "the weights, too; --n-hat 0 only")
     return p
 
 

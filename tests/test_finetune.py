@@ -414,7 +414,7 @@ def test_neither_a_whole_run_nor_weights_of_something_else_are_written_over(
 @pytest.mark.parametrize("changes, said", [
     (["--model", "nowhere"], "nowhere"), (["--data", "nowhere.txt"], "nowhere.txt"),
     (["--rope", "nowhere.json"], "nowhere.json"), (["--lr", "0"], "--lr 0: "),
-    (["--dtype", "float16"], "bfloat16 or float32"), (["--mix", "1"], "--mix 1: give at least 4"),
+    (["--dtype", "float16"], "invalid choice: 'float16'"), (["--mix", "1"], "--mix 1: give at least 4"),
     (["--len", "6400", "--rope", "none"], "too few for a segment of 6400"),
     (["--mix", "64", "100"], f"--len {LENGTH} --mix 100: "),
     (["--rope", "yarn"], f"--mix {WINDOW} is within the model's window of {WINDOW} tokens, but"),

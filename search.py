@@ -437,7 +437,7 @@ def parser():
         add(f"--{key.replace('_', '-')}", type=partial(whole, least=least, most=100_000), metavar="N",
             help=f"{what} (default: {SIZES[key]}" + f", on a CPU {ON_CPU[key]}" * (SIZES[key] != ON_CPU[key]) + ")")
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
-        help="search = a gene (default: 0, as no other program knows it)")
+        help="search = a gene (default: 0, as transformers and vLLM know none)")
     add("--attention-factor", choices=["su", "yarn", "none", "search"],
         help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: search; with "
         "--short and --export the long set's, since Hugging Face has one for both)")
@@ -452,7 +452,7 @@ def parser():
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
     add("--fitness", choices=["keys", "ppl"],
         help=f"keys = NLL a token + {KEY_WEIGHT} log(1 + NLL of a pass key), ppl = the first alone, as in the paper "
-        "(default: keys, but ppl where plain RoPE beats YaRN)")
+        "(default: keys, but ppl where plain RoPE beats the formulas)")
     add("--max-evals", type=natural, metavar="N", help="stop after so many candidates")
     add("--out", type=Path, help="directory of the result (default: out/search-LEN, or -LEN-short)")
     add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result and a copy of "
@@ -538,10 +538,10 @@ def main(argv=None):
     say_cost(args, model, documents[0], prompts.get("search", []), max(0, args.max_evals - evaluate.there),
              (args.last + 1) * args.searched + (len(ropes) + 1) * (len(documents) + KEYS * args.whole_prompts))
     if not args.fitness:
-        none, yarn = evaluate.compare({name: ropes[name] for name in ("none", "yarn")}, "first", args.searched)
-        args.fitness = "ppl" if none["search"] < yarn["search"] else "keys"
+        none, *others = (row["search"] for row in evaluate.compare(ropes, "first", args.searched))
+        args.fitness = "ppl" if none < min(others) else "keys"
         if args.fitness == "ppl":  # as with a theta of a million: slow pairs do no harm, pieces of prompts mislead
-            say("plain RoPE is better than YaRN: --fitness ppl")
+            say("plain RoPE is better than PI, NTK and YaRN: --fitness ppl")
             args.bound = args.slow_least or 0
             space, starts = first_candidates(args, problem, start, problem.scale ** -0.5)  # for the square root of s
             evaluate.items = {label: item for label, item in evaluate.items.items() if label not in ("search", "last")}

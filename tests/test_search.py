@@ -357,8 +357,8 @@ def test_lambda_goes_to_a_quarter_above_s_and_first_candidates_lie_within_all_bo
     if n_hat == attention == "search":
         assert (starts["start"].n_hat, starts["start"].attention_factor) == (256, round(1.25 * su, 2))
         assert starts["yarn"].n_hat == (0 if kind is first_stage else 8)  # the model's own
-        none = starts["none"].n_hat, starts["none"].attention_factor
-        assert none == ((8, space.attention[1]) if kind is second_stage else (0, 1.0))
+    own = replace(rope.long, rescale_factors=(1.0,) * PAIRS)
+    assert kind(rope, length).known["none"] == (own if kind is second_stage else plain(PAIRS))
 
 
 def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():
@@ -494,6 +494,7 @@ def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():
         assert not filled_in("cpu", "--len", str(length)).whole_prompts
     for given, bound in (("", 1.19), ("--fitness ppl", 0), ("--short", 0), ("--slow-least 0", 0)):
         assert filled_in("cpu", *given.split()).bound == bound
+    assert (filled_in("cpu").fitness, filled_in("cpu", "--short").fitness) == (None, "keys")
 
 
 def test_the_length_is_8_windows_or_with_short_the_window_and_the_attention_factor_is_searched():

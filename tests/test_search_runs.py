@@ -222,7 +222,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     lines = (alone / "history.jsonl").read_bytes().splitlines(True)
     cut.mkdir()
     left = sum('"item"' in line.decode() for line in lines)
-    for kept in (6 + 3 * EVALUATIONS - 1, 6 + 3 * EVALUATIONS + 5):  # in the search, in the last stage
+    for kept in (10 + 3 * EVALUATIONS - 1, 10 + 3 * EVALUATIONS + 5):  # in the search, in the last stage
         (cut / "history.jsonl").write_bytes(b"".join(lines[:kept]))
         measured.clear()
         search.main([*keys, "--out", str(cut)])
@@ -234,22 +234,23 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     assert [process.join(100) or process.exitcode for process in both] == [0, 0]
     assert result(tmp_path / "both") == result(alone)
     items = [type(row["item"]) for row in rows_of(tmp_path / "both", "rope")]  # alike ones in a round
-    assert items[:15] == [int] * (4 + 6) + [str] * 5  # plain RoPE and YaRN, the first five candidates
+    assert items[:19] == [int] * (8 + 6) + [str] * 5  # plain RoPE and the formulas, the first five candidates
 
 
 @pytest.mark.parametrize("given, fitness, bound, s", [
-    ("", "ppl", 0, 2.0), ("--slow-least 1.19", "ppl", 1.19, 4.76), ("--fitness keys", "keys", 1.19, 4.76),
-    ("--fitness ppl", "ppl", 0, 4.0)])
-def test_where_plain_rope_is_better_than_yarn_perplexity_is_searched_unless_keys_are_asked_for(
+    ("", "ppl", 0, 8**0.5), ("--slow-least 1.19", "ppl", 1.19, 9.52), ("--fitness keys", "keys", 1.19, 9.52),
+    ("--fitness ppl", "ppl", 0, 8.0)])
+def test_where_plain_rope_is_better_than_all_formulas_perplexity_is_searched_unless_keys_are_asked_for(
         tiny, books, tmp_path, monkeypatch, capsys, given, fitness, bound, s):
     """As in Qwen2.5, whose theta is a million: plain RoPE itself is a candidate then, and formulas for less than s."""
     measure, none = search.measure, make_rope([1.0] * PAIRS, 1.0, attention_factor=1.0).long
     monkeypatch.setattr(search, "measure", lambda model, rope, item: measure(model, rope, item) if isinstance(
         item, list) else 1.0 + (rope.long.rescale_factors != none.rescale_factors))
-    search.main([*default_fitness(command(tiny, books, tmp_path, "--attention-factor", "none")), *given.split()])
+    search.main([*default_fitness(command(tiny, books, tmp_path, "--attention-factor", "none", "--len", 8 * WINDOW)),
+                 *given.split()])
     rows = rows_of(tmp_path)
     genes = {row["origin"]: row["genes"]["rescale_factors"] for row in rows}
-    assert set(genes["none"]) == ({1.0, 4.76} if bound else {1.0})
+    assert set(genes["none"]) == ({1.0, 9.52} if bound else {1.0})
     formula = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, s).rescale_factors
     assert np.abs(np.subtract(genes["yarn"], formula)).max() <= 0.0051
     assert all(row["answer_nll"] > 0 for row in rows) if fitness == "keys" else not any(row["keys"] for row in rows)
@@ -258,6 +259,15 @@ def test_where_plain_rope_is_better_than_yarn_perplexity_is_searched_unless_keys
     assert (record["arguments"]["fitness"], record["arguments"]["bound"]) == (fitness, bound)
     assert {row["item"] for row in rows_of(tmp_path, "rope") if type(row["item"]) is str} == (
         {"search", "last", "table"} if fitness == "keys" else {"table"})
+
+
+def test_a_formula_better_than_plain_rope_is_enough_for_keys(tiny, books, tmp_path, monkeypatch):
+    """As in a second stage, where NTK can be far better than what the model has, and YaRN worse."""
+    ntk, measure = FORMULAS["ntk"](PAIRS, 10000.0, WINDOW, 4.0), search.measure
+    monkeypatch.setattr(search, "measure", lambda model, rope, item: measure(model, rope, item) if isinstance(
+        item, list) else 1.0 if rope.long.rescale_factors == ntk.rescale_factors else 2.0 + rope.scale)
+    search.main([*default_fitness(command(tiny, books, tmp_path)), "--max-evals", "1"])
+    assert json.loads((tmp_path / "rope.json").read_text())["search"]["arguments"]["fitness"] == "keys"
 
 
 def test_where_a_prompt_does_not_fit_that_is_said_and_perplexity_is_what_is_searched(tiny, books, tmp_path, capsys):

@@ -305,7 +305,7 @@ def mixed(entry):
 
 
 def parser():
-    p = Parser(__doc__)
+    p = Parser(__doc__, conflict_handler="resolve")  # its own --dtype
     p.set_defaults(context_parallel=None)
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of what is computed; weights and optimizer are "
                    "float32 (default: bfloat16 on cuda, float32 on cpu)")

@@ -1165,9 +1165,8 @@ def share_sequences(model, processes, lengths):
 class Parser(argparse.ArgumentParser):
     """With a script's docstring and the arguments that all have. A mistake is one line."""
 
-    def __init__(self, doc, data=True):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         conflict_handler="resolve")
+    def __init__(self, doc, data=True, **more):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
         add = self.add_argument
         add("--model", default=os.path.relpath(BUNDLED_MODEL), help="directory or Hub id (default: the bundled model)")
         if data:

@@ -99,11 +99,13 @@ def context_parallel(path, processes=4):
     """Which of the 2N chunks of a sequence are whose (`Context` in longrope.py), and the keys that each needs."""
     colors, chunks = ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), 2 * processes
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(4, 5))
+
+    def color(chunk):
+        return colors[min(chunk, chunks - 1 - chunk)]
     for i in range(chunks):
-        owner = min(i, chunks - 1 - i)
         for j in range(i + 1):
             whole = [[0, 0, 1, 1], [0, 1, 1, 0]] if j < i else [[0, 0, 1], [0, 1, 1]]  # or a triangle: causal
-            left.fill(np.add(whole[0], j), np.add(whole[1], i), color=colors[owner], alpha=1 if j == i else 0.45, lw=0)
+            left.fill(np.add(whole[0], j), np.add(whole[1], i), color=color(i), alpha=1 if j == i else 0.45, lw=0)
     left.set(xlabel="keys and values, by chunk", ylabel="queries, by chunk", aspect="equal", xlim=(0, chunks),
              ylim=(chunks, 0), title="causal attention: each process has an equal share")
     for ticks in (left.set_xticks, left.set_yticks):
@@ -112,8 +114,7 @@ def context_parallel(path, processes=4):
     right.axis("off")
 
     def box(x, y, chunk, alpha):
-        color = colors[min(chunk, chunks - 1 - chunk)]
-        right.add_patch(plt.Rectangle((x, y), 0.86, 0.7, color=color, alpha=alpha, lw=0))
+        right.add_patch(plt.Rectangle((x, y), 0.86, 0.7, color=color(chunk), alpha=alpha, lw=0))
         right.text(x + 0.43, y + 0.35, str(chunk), ha="center", va="center")
     for r in range(processes):
         right.text(0, r + 0.35, f"process {r}: tokens and queries of chunks", va="center")

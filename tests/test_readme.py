@@ -80,6 +80,13 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(monkeypatch):
             if cell:
                 shown = f"{ppl[0]:.0f}" if ppl[0] > 1000 else f"{ppl[0]:.1f}"
                 assert cell.replace("*", "") == f"{shown} ({sum(hits)})", (name, length)
+    of_qwen = ROOT / "results/qwen2.5-coder"
+    for name, rope in (("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("YaRN 4, as its card says", "yarn:4"),
+                       ("searched for 262144", "262144.rope.json")):
+        hits = values(of_qwen / "passkey.jsonl", rope)
+        cells = [f"{ppl:.2f}" + (f" ({sum(hits[n])})" if n in hits else "")
+                 for n, (ppl,) in values(of_qwen / "ppl.jsonl", rope).items()]
+        assert len(cells) == 4 and f"| {name} | {' | '.join(cells)} |" in text.replace("*", "")
     printed = dict(re.findall(r"^(none|pi|ntk|yarn|searched) +(.+)$", text, re.MULTILINE))
     for row in json.loads((ROOT / "results/bundled/default.rope.json").read_text())["search"]["comparison"]:
         expected = [f"{row[key]:.3f}" for key in ("attention_factor", "search", "unseen")] + [str(row["keys"])]

@@ -1,7 +1,7 @@
 """The idea of the method, one sequence over several processes, and perplexity and pass keys over the length: of the
-progressive run and of SmolLM2.
+progressive run, of SmolLM2 and of Qwen2.5-Coder.
 
-    $ python tests/experiments/plots.py   # assets/{idea,context_parallel,progressive,smollm2_ppl}.png, from results/
+    $ python tests/experiments/plots.py   # assets/{idea,context_parallel,progressive,smollm2_ppl,qwen_ppl}.png
 """
 import json
 import math
@@ -36,6 +36,12 @@ SMOLLM2 = (
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned at 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
     ("control", "control", "none", "#000000", ":"))
+
+QWEN = (
+    ("NTK for the length", "ntk", "#009E73"),
+    ("YaRN for the length", "yarn", "#E69F00"),
+    ("YaRN for 4 times, as its card says", "yarn:4", "#CC79A7"),
+    ("searched for 262144", "262144.rope.json", "#0072B2"))
 
 
 def values(path, rope):
@@ -126,7 +132,32 @@ def context_parallel(path, processes=4):
     fig.savefig(path, dpi=110)
 
 
+def qwen(path):
+    """Perplexity of Qwen2.5-Coder-1.5B over plain RoPE's: of windows of each length, and along the longest."""
+    rows = [row for row in map(json.loads, (ROOT / "results/qwen2.5-coder/ppl.jsonl").read_text().splitlines())
+            if "ppl" in row]
+    found = {(row["rope"], row["length"]): row for row in rows}
+    lengths = sorted({length for rope, length in found if rope == "none"})
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for label, rope, color in QWEN:
+        left.plot(lengths, [found[rope, n]["ppl"] / found["none", n]["ppl"] for n in lengths], color=color, marker="o",
+                  label=label)
+        here, plain = (np.array(found[name, lengths[-1]]["ppl_by_position"]) for name in (rope, "none"))
+        right.plot((np.arange(len(here)) + 0.5) * lengths[-1] / len(here), here / plain, color=color)
+    left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity over plain RoPE's")
+    left.set_xticks(lengths, lengths)
+    right.set(xlabel=f"position in windows of {lengths[-1]} tokens")
+    right.set_xticks([2**15, 2**16, 2**17, 3 * 2**16, 2**18])
+    for ax in (left, right):
+        ax.minorticks_off()
+        ax.axhline(1, color="#999999", label="plain RoPE")
+        ax.axvline(32768, color="gray", ls=":")
+    left.legend(fontsize=9)
+    fig.savefig(path, dpi=110)
+
+
 def main(assets):
+    qwen(assets / "qwen_ppl.png")
     idea(assets / "idea.png")
     context_parallel(assets / "context_parallel.png")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))

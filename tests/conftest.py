@@ -12,7 +12,7 @@ from types import SimpleNamespace
 # Before the imports: no test needs a network; and one thread, for on a busy machine the threads of tiny models wait for
 # each other fifty times longer than they work. The scripts that the tests start inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

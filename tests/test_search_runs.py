@@ -508,6 +508,16 @@ def test_a_search_from_good_factors_ends_no_worse(undisturbed, tiny, books, tmp_
     assert searched["search"] <= given["search"] == pytest.approx(undisturbed.result[0][1]["perplexity"])
 
 
+def test_starts_that_differ_below_the_bound_alone_are_two_searches(tiny, books, tmp_path, capsys):
+    for slowest in (8, 9):  # under 1.19 s both become one candidate, but the table has the sets as they are
+        write_json(tmp_path / f"{slowest}.json", rope_to_dict(make_rope((*[1.0] * (PAIRS - 1), slowest), 8.0)))
+    start = command(tiny, books, tmp_path / "out", "--slow-least", 1.19, "--iterations", 0, "--start-from")
+    search.main([*start, str(tmp_path / "8.json")])
+    assert rows_of(tmp_path / "out")[0]["origin"] == "start"
+    said = complaint(search.main, capsys, *start, tmp_path / "9.json")
+    assert "another starts; give another --out" in said
+
+
 @pytest.mark.parametrize("changes, said", [
     ("--model nowhere", "nowhere"), ("--data nowhere.txt", "nowhere.txt"),
     ("--len 100000", "no document of 100000 tokens"), ("--len 64", "nothing to extend"), ("--short", "--init"),

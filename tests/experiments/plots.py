@@ -1,7 +1,7 @@
 """The idea of the method, one sequence over several processes, and perplexity and pass keys over the length: of the
 progressive run, of SmolLM2 and of Qwen2.5-Coder.
 
-    $ python tests/experiments/plots.py   # assets/{idea,context_parallel,progressive,smollm2_ppl,qwen_ppl}.png
+    $ python tests/experiments/plots.py   # assets/{headline,idea,context_parallel,...}.png
 """
 import json
 import math
@@ -31,12 +31,13 @@ SMOLLM2 = (
     ("YaRN, su", "64k", "yarn-su.json", "#009E73", "-"),
     ("searched for 65536", "64k", "search-64k/rope.json", "#0072B2", "-"),
     ("searched for 65536, then bounded", "64k", "bounded-64k/rope.json", "#0072B2", "--"),
-    ("searched for 65536 within the bound", "slow-least-64k", "rope.json", "#56B4E9", "-"),
+    ("searched for 65536 within the bound", "search", None, "#56B4E9", "-"),  # by default, seed 0
     ("searched for 131072", "128k", "search-128k/rope.json", "#CC79A7", "-"),
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned at 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
     ("control", "control", "none", "#000000", ":"))
 
+HEADLINE = ("as trained", "YaRN", "searched for 65536 within the bound", "fine-tuned at 131072", "control")
 QWEN = (
     ("NTK for the length", "ntk", "#009E73"),
     ("YaRN for the length", "yarn", "#E69F00"),
@@ -53,10 +54,22 @@ def values(path, rope):
     return found
 
 
+def searched_by_default():
+    """SmolLM2's row of seed 0 with today's weight of the key."""
+    return next(row for row in json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
+                if (row["key_weight"], row["seed"]) == (0.03, 0))
+
+
 def draw(curves, results, left, right, ticks):
     for label, name, rope, color, line in curves:
         style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
-        ppl, hits = (values(results / f"{file}-{name}.jsonl", rope) for file in ("ppl", "passkey"))
+        ppl, hits = (values(results / f"{file}-{name if rope else '128k'}.jsonl", rope or "none")
+                     for file in ("ppl", "passkey"))
+        if not rope:  # which is plain RoPE within the window
+            found = searched_by_default()
+            ppl, hits = ({n: xs for n, xs in some.items() if n <= 8192} for some in (ppl, hits))
+            ppl |= {int(n): [x] for n, x in found["perplexity"].items()}
+            hits |= {int(n): [True] * x + [False] * (30 - x) for n, x in found["keys"]["seed 0"].items()}
         if curves is PROGRESSIVE:  # many windows of 1024 tokens were measured apart; up to there no long set is used
             ppl |= values(results / f"ppl-1024-{name}.jsonl", "none" if name == "as-trained" else "model")
         left.plot(list(ppl), [p for p, *_ in ppl.values()], **style)
@@ -70,8 +83,7 @@ def draw(curves, results, left, right, ticks):
 
 def idea(path):
     """SmolLM2, 8 times its window: which pairs turn within the window, their factors, and a slow pair's angle."""
-    found = next(row["rope"] for row in json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
-                 if (row["key_weight"], row["seed"]) == (0.03, 0))
+    found = searched_by_default()["rope"]
     window, theta, s = found["original_max_position_embeddings"], found["rope_theta"], found["factor"]
     pairs = np.arange(len(found["long_factor"]))
     turns = window / (2 * math.pi) * inv_freq_of(np.ones(len(pairs)), theta)
@@ -168,11 +180,13 @@ def main(assets):
     left.set_yticks([25, 50, 100, 200], ["25", "50", "100", "200"])
     left.legend(fontsize=8, loc="center", bbox_to_anchor=(0.42, 0.58))
     fig.savefig(assets / "progressive.png", dpi=110)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    draw(SMOLLM2, ROOT / "results" / "smollm2", left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
-    left.set_ylim(19, 47)
-    fig.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
-    fig.savefig(assets / "smollm2_ppl.png", dpi=110)
+    few = [curve for curve in SMOLLM2 if curve[0] in HEADLINE]
+    for name, curves, size in (("smollm2_ppl.png", SMOLLM2, 8), ("headline.png", few, 10)):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+        draw(curves, ROOT / "results" / "smollm2", left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
+        left.set_ylim(19, 47)
+        fig.legend(*left.get_legend_handles_labels(), fontsize=size, loc="outside lower center", ncols=5)
+        fig.savefig(assets / name, dpi=110)
 
 
 if __name__ == "__main__":

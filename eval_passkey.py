@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, in_vocabulary, load_tokenizer,
                       natural, over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of,
-                      share_sequences, spread_in_rounds, token_nll, warm_up)
+                      share_sequences, spread_in_rounds, title_of, token_nll, warm_up)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -137,8 +137,12 @@ def plot(trials, scoring, path):
     """A panel for each rope: length across, depth down, accuracy as colour and number."""
     from matplotlib.figure import Figure
     ropes, lengths, depths = (list(dict.fromkeys(t[key] for t in trials)) for key in ("rope", "length", "depth"))
-    fig = Figure(figsize=(1.6 + len(ropes) * (0.9 + 0.55 * len(lengths)), 4.2), layout="constrained")
-    panels = fig.subplots(1, len(ropes), sharey=True, squeeze=False)[0]
+    down = math.ceil(len(ropes) / 3)
+    across = math.ceil(len(ropes) / down)
+    fig = Figure(figsize=(1.6 + across * (0.9 + 0.55 * len(lengths)), 0.4 + 3.8 * down), layout="constrained")
+    panels = fig.subplots(down, across, squeeze=False).ravel()
+    for ax in panels[len(ropes):]:
+        ax.set_axis_off()
     for ax, rope in zip(panels, ropes):
         hits = [[[t["hit"] for t in trials if (t["rope"], t["length"], t["depth"]) == (rope, length, depth)]
                  for length in lengths] for depth in depths]
@@ -146,10 +150,10 @@ def plot(trials, scoring, path):
         image = ax.imshow(accuracy, vmin=0, vmax=1, cmap="cividis", aspect="auto")  # cividis: safe for the colour-blind
         for (y, x), a in np.ndenumerate(accuracy):
             ax.text(x, y, f"{a:.0%}", ha="center", va="center", size=7, color="black" if a > 0.5 else "white")
-        ax.set_title(f"{rope.removesuffix('/rope.json')}\n{accuracy.mean():.0%}", size=10)
+        ax.set_title(f"{title_of(rope)}, {accuracy.mean():.0%}", size=10)
         ax.set_xticks(range(len(lengths)), lengths, rotation=90, size=8)
         ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], size=8)
-    panels[0].set_ylabel("depth of the key")
+    fig.supylabel("depth of the key", size=10)
     fig.supxlabel("prompt length (tokens)", size=10)
     fig.colorbar(image, ax=panels, label=f"accuracy, {scoring}")
     fig.savefig(path, dpi=120)

@@ -6,6 +6,7 @@
 In --out: ppl.jsonl, a row for each rope and length (the same command goes on where it was stopped, also with more of
 them); ppl.png, perplexity over length; ppl_position.png, over the position in the window.
 """
+import math
 import random
 import time
 from itertools import islice
@@ -17,8 +18,8 @@ from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops, in_vocabulary,
                       load_tokenizer, natural, once, perplexity, rank, read_documents, recorded, resolve_ropes,
-                      rope_to_dict, run, say, sha256_of, share_sequences, spread, token_id, utilisation, warm_up, whole,
-                      window_nll, windows)
+                      rope_to_dict, run, say, sha256_of, share_sequences, spread, title_of, token_id, utilisation,
+                      warm_up, whole, window_nll, windows)
 
 BINS = 16  # of the window, for perplexity by position
 
@@ -108,10 +109,14 @@ def plot(rows, path):
     ropes, lengths = list(dict.fromkeys(r["rope"] for r in rows)), sorted({r["length"] for r in rows})
     colors = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")  # colour-blind safe
     over_length = Figure(figsize=(6.5, 4.2), layout="constrained")
-    over_position = Figure(figsize=(2 + 3.2 * len(lengths), 3.8), layout="constrained")
-    ax, panels = over_length.subplots(), over_position.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    down = math.ceil(len(lengths) / 3)
+    across = math.ceil(len(lengths) / down)
+    over_position = Figure(figsize=(2 + 3.2 * across, 0.4 + 3.4 * down), layout="constrained")
+    ax, panels = over_length.subplots(), over_position.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(lengths):]:
+        panel.set_axis_off()
     for i, rope in enumerate(ropes):
-        style = {"label": rope.removesuffix("/rope.json"), "color": colors[i % 7], "marker": "osD^vPX"[i % 7], "ms": 4}
+        style = {"label": title_of(rope), "color": colors[i % 7], "marker": "osD^vPX"[i % 7], "ms": 4}
         mine = sorted((r for r in rows if r["rope"] == rope), key=lambda r: r["length"])
         ax.plot([r["length"] for r in mine], [r["ppl"] for r in mine], **style)
         for panel, row in zip(panels, mine):
@@ -123,7 +128,7 @@ def plot(rows, path):
     ax.legend()
     for panel, length in zip(panels, lengths):
         panel.set(yscale="log", xlabel="position in the window (tokens)", title=f"window of {length}")
-    panels[0].set_ylabel("perplexity")
+    over_position.supylabel("perplexity")
     panels[0].legend()
     over_length.savefig(path / "ppl.png", dpi=120)
     over_position.savefig(path / "ppl_position.png", dpi=120)

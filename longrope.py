@@ -1231,6 +1231,10 @@ def utilisation(flops, seconds, device):
     return next((flops / seconds / (peak * world_size()) for gpu, peak in peaks.items() if gpu in name), None)
 
 
+def title_of(rope):  # in pictures: out/long/rope.json is long, seed0.rope.json seed0
+    return rope.removesuffix("rope.json").rstrip("/.").rpartition("/")[2] or rope
+
+
 def warm_up(model, length):
     """Let libraries start and kernels compile; on a GPU long sequences have kernels of their own."""
     step = 2 * model.context.size if model.context else 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BOS, EOS, WINDOW, complaint, make_rope, prose, random_factors, random_tokens, save_tiny
+from matplotlib.figure import Figure
 from test_eval_ppl import results, run_script
 from test_finetune_distributed import spawn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -161,6 +162,16 @@ def test_keys_are_of_the_seed_for_all_ropes_and_the_table_counts_the_hits(tmp_pa
     other = passkey(tmp_path / "b", *command, "--seed", 1)
     assert not {t["key"] for t in other} & {t["key"] for t in found}
     assert (tmp_path / "a" / "passkey.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_a_panel_with_a_name_for_each_rope_three_a_row_at_most(tmp_path, monkeypatch):
+    saved, names = [], ("none", "yarn:4", "out/long/rope.json", "a/seed0.rope.json")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: saved.append(figure))
+    eval_passkey.plot([{"rope": rope, "length": 8, "depth": depth, "hit": depth < 1} for rope in names
+                       for depth in (0.0, 1.0)], "teacher-forced", tmp_path)
+    titles = [ax.get_title() for ax in saved[0].axes[:4]]
+    assert titles == ["none, 50%", "yarn:4, 50%", "long, 50%", "seed0, 50%"]
+    assert saved[0].axes[0].get_gridspec().get_geometry() == (2, 2)
 
 
 def test_a_stopped_run_has_its_trials_on_disk_and_goes_on_with_more_ropes_lengths_and_trials(tmp_path, tiny, tiny_rope,

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, in_vocabulary, load_tokenizer,
-                      natural, over_window, rank, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of,
-                      share_sequences, spread_in_rounds, title_of, token_nll, warm_up)
+                      natural, over_window, panels_of, rank, recorded, resolve_ropes, rope_to_dict, run, say,
+                      sha256_of, share_sequences, spread_in_rounds, title_of, token_nll, warm_up)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -135,14 +135,8 @@ def ask_in_pieces(model, rope, prompts):
 
 def plot(trials, scoring, path):
     """A panel for each rope: length across, depth down, accuracy as colour and number."""
-    from matplotlib.figure import Figure
     ropes, lengths, depths = (list(dict.fromkeys(t[key] for t in trials)) for key in ("rope", "length", "depth"))
-    down = math.ceil(len(ropes) / 3)
-    across = math.ceil(len(ropes) / down)
-    fig = Figure(figsize=(1.6 + across * (0.9 + 0.55 * len(lengths)), 0.4 + 3.8 * down), layout="constrained")
-    panels = fig.subplots(down, across, squeeze=False).ravel()
-    for ax in panels[len(ropes):]:
-        ax.set_axis_off()
+    fig, panels = panels_of(len(ropes), 0.9 + 0.55 * len(lengths), 3.8)
     for ax, rope in zip(panels, ropes):
         hits = [[[t["hit"] for t in trials if (t["rope"], t["length"], t["depth"]) == (rope, length, depth)]
                  for length in lengths] for depth in depths]

@@ -6,7 +6,6 @@
 In --out: ppl.jsonl, a row for each rope and length (the same command goes on where it was stopped, also with more of
 them); ppl.png, perplexity over length; ppl_position.png, over the position in the window.
 """
-import math
 import random
 import time
 from itertools import islice
@@ -17,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops, in_vocabulary,
-                      load_tokenizer, natural, once, perplexity, rank, read_documents, recorded, resolve_ropes,
-                      rope_to_dict, run, say, sha256_of, share_sequences, spread, title_of, token_id, utilisation,
-                      warm_up, whole, window_nll, windows)
+                      load_tokenizer, natural, once, panels_of, perplexity, rank, read_documents, recorded,
+                      resolve_ropes, rope_to_dict, run, say, sha256_of, share_sequences, spread, title_of, token_id,
+                      utilisation, warm_up, whole, window_nll, windows)
 
 BINS = 16  # of the window, for perplexity by position
 
@@ -105,16 +104,11 @@ def read_windows(args, lengths, model):
 
 def plot(rows, path):
     """Over length, and over the position, with a panel for each length."""
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
     ropes, lengths = list(dict.fromkeys(r["rope"] for r in rows)), sorted({r["length"] for r in rows})
     colors = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")  # colour-blind safe
-    over_length = Figure(figsize=(6.5, 4.2), layout="constrained")
-    down = math.ceil(len(lengths) / 3)
-    across = math.ceil(len(lengths) / down)
-    over_position = Figure(figsize=(2 + 3.2 * across, 0.4 + 3.4 * down), layout="constrained")
-    ax, panels = over_length.subplots(), over_position.subplots(down, across, sharey=True, squeeze=False).ravel()
-    for panel in panels[len(lengths):]:
-        panel.set_axis_off()
+    over_length, (ax,) = panels_of(1, 4.7, 3.8)
+    over_position, panels = panels_of(len(lengths), 3.2, 3.4, sharey=True)
     for i, rope in enumerate(ropes):
         style = {"label": title_of(rope), "color": colors[i % 7], "marker": "osD^vPX"[i % 7], "ms": 4}
         mine = sorted((r for r in rows if r["rope"] == rope), key=lambda r: r["length"])
@@ -124,10 +118,13 @@ def plot(rows, path):
             panel.plot((np.arange(BINS) + 0.5) * row["length"] / BINS, ppl, **style)
     ax.set(xscale="log", yscale="log", xlabel="window (tokens)", ylabel="perplexity")
     ax.set_xticks(lengths, lengths)
-    ax.minorticks_off()
+    ax.set_xticks([], minor=True)
     ax.legend()
     for panel, length in zip(panels, lengths):
         panel.set(yscale="log", xlabel="position in the window (tokens)", title=f"window of {length}")
+    for each in (ax, *panels):
+        each.yaxis.set_major_formatter(LogFormatter())
+        each.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 1)))
     over_position.supylabel("perplexity")
     panels[0].legend()
     over_length.savefig(path / "ppl.png", dpi=120)

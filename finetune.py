@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import longrope
 from longrope import (BUNDLED_MODEL, Journal, Parser, UserError, barrier, describe, forward_flops, in_vocabulary,
-                      join_processes, load_model, load_tokenizer, natural, rank, read_documents, recorded,
+                      join_processes, load_model, load_tokenizer, natural, panels_of, rank, read_documents, recorded,
                       resolve_rope, rope_to_dict, run, save_config, save_weights, say, share_sequences, spread,
                       token_id, token_nll, utilisation, whole, whole_file, world_size)
 
@@ -287,9 +287,7 @@ def load_checkpoint(out, model, optimizer):
 
 
 def plot_loss(rows, path):
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4), layout="constrained")
-    ax = fig.subplots()
+    fig, (ax,) = panels_of(1, 5.2, 3.6)
     for length in sorted({row["len"] for row in rows}):
         mine = [row for row in rows if row["len"] == length]
         ax.plot([row["step"] for row in mine], [row["loss"] for row in mine], lw=1, label=f"{length} tokens")

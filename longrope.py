@@ -1231,6 +1231,18 @@ def utilisation(flops, seconds, device):
     return next((flops / seconds / (peak * world_size()) for gpu, peak in peaks.items() if gpu in name), None)
 
 
+def panels_of(count, width, height, **more):
+    """(figure, axes): `count` panels of that size in inches, at most three a row."""
+    from matplotlib.figure import Figure  # here, as it takes a second
+    down = math.ceil(count / 3)
+    across = math.ceil(count / down)
+    fig = Figure(figsize=(1.8 + across * width, 0.4 + down * height), layout="constrained")
+    axes = fig.subplots(down, across, squeeze=False, **more).ravel()
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return fig, axes[:count]
+
+
 def title_of(rope):  # in pictures: out/long/rope.json is long, seed0.rope.json seed0
     return rope.removesuffix("rope.json").rstrip("/.").rpartition("/")[2] or rope
 

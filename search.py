@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from eval_passkey import ask_in_pieces, prompts_in_pieces
 from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash, describe,
-                      forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, perplexity, plain, rank,
-                      read_documents, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
-                      share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole,
-                      window_nll, windows, world_size, write_json, yarn_factor)
+                      forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, panels_of, perplexity, plain,
+                      rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
+                      share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole, window_nll,
+                      windows, world_size, write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
@@ -390,16 +390,14 @@ def say_table(args, rows, unseen):
 
 def plot(ropes, length, rows, path):
     """Left: lambda of each pair for each rope. Right: every candidate, and the lowest fitness as the search went on."""
-    from matplotlib.figure import Figure
     found = [row["fitness"] for row in rows if "genes" in row]
     height = max(np.median(found) - min(found), 0.003)
-    fig = Figure(figsize=(11, 4), layout="constrained")
-    left, right = fig.subplots(1, 2)
+    fig, (left, right) = panels_of(2, 4.6, 3.6)
     for name, rope in ropes.items():
         left.plot(rope.at(length).rescale_factors, label=name)
     right.plot(found, ".", color="gray", label="a candidate, on its documents")
     right.plot(np.minimum.accumulate(found), color="black", drawstyle="steps-post", label="the lowest yet")
-    left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$", yscale="log")
+    left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$")
     right.set(xlabel="candidates evaluated", ylabel="fitness: NLL a token above the first's, and keys",
               ylim=(min(found) - 0.2 * height, min(found) + 5 * height))
     left.legend()

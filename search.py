@@ -393,13 +393,15 @@ def plot(ropes, length, rows, path):
     found = [row["fitness"] for row in rows if "genes" in row]
     height = max(np.median(found) - min(found), 0.003)
     fig, (left, right) = panels_of(2, 4.6, 3.6)
+    colors = {"none": "#999999", "pi": "#CC79A7", "ntk": "#009E73", "yarn": "#E69F00", "searched": "#0072B2"}
     for name, rope in ropes.items():
-        left.plot(rope.at(length).rescale_factors, label=name)
+        left.plot(rope.at(length).rescale_factors, label=name, color=colors.get(name, "#56B4E9"))
     right.plot(found, ".", color="gray", label="a candidate, on its documents")
     right.plot(np.minimum.accumulate(found), color="black", drawstyle="steps-post", label="the lowest yet")
     left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$")
     right.set(xlabel="candidates evaluated", ylabel="fitness: NLL a token above the first's, and keys",
               ylim=(min(found) - 0.2 * height, min(found) + 5 * height))
+    right.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
     right.legend()
     fig.savefig(path, dpi=120)

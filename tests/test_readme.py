@@ -71,7 +71,7 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(monkeypatch):
     both = [row["perplexity"]["65536"] for row in (second, first)]
     assert "perplexity {:.1f} and {:.1f} with two seeds".format(*both) in text
     within = sources["as trained"]  # where the searched set is not used
-    sources["searched for 65536, seed 0"] = (
+    sources["searched for 65536"] = (
         within[0] | {int(length): [ppl] for length, ppl in first["perplexity"].items()},
         within[1] | {int(length): [True] * hits for length, hits in first["keys"]["seed 0"].items()})
     for name, *cells in rows:
@@ -81,7 +81,7 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(monkeypatch):
                 shown = f"{ppl[0]:.0f}" if ppl[0] > 1000 else f"{ppl[0]:.1f}"
                 assert cell.replace("*", "") == f"{shown} ({sum(hits)})", (name, length)
     of_qwen = ROOT / "results/qwen2.5-coder"
-    for name, rope in (("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("YaRN 4, as its card says", "yarn:4"),
+    for name, rope in (("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("YaRN 4, as its cards say", "yarn:4"),
                        ("searched for 262144", "262144.rope.json")):
         hits = values(of_qwen / "passkey.jsonl", rope)
         cells = [f"{ppl:.2f}" + (f" ({sum(hits[n])})" if n in hits else "")

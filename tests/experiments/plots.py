@@ -34,14 +34,17 @@ SMOLLM2 = (
     ("searched for 65536 within the bound", "search", None, "#56B4E9", "-"),  # by default, seed 0
     ("searched for 131072", "128k", "search-128k/rope.json", "#CC79A7", "-"),
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
-    ("fine-tuned at 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
+    ("fine-tuned for 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
     ("control", "control", "none", "#000000", ":"))
 
-HEADLINE = ("as trained", "YaRN", "searched for 65536 within the bound", "fine-tuned at 131072", "control")
+HEADLINE = (  # of these, with other names and colours
+    ("as trained", "as trained (at 128k: 5111)", "#999999"), ("YaRN", "YaRN for each length", "#E69F00"),
+    ("searched for 65536 within the bound", "searched for 65536", "#0072B2"),
+    ("fine-tuned for 131072", "fine-tuned for 131072", "#D55E00"), ("control", "control", "#000000"))
 QWEN = (
     ("NTK for the length", "ntk", "#009E73"),
     ("YaRN for the length", "yarn", "#E69F00"),
-    ("YaRN for 4 times, as its card says", "yarn:4", "#CC79A7"),
+    ("static YaRN for 4 times", "yarn:4", "#CC79A7"),
     ("searched for 262144", "262144.rope.json", "#0072B2"))
 
 
@@ -92,8 +95,8 @@ def idea(path):
     left.plot(pairs, turns, color="black")
     left.axhline(1, color="gray", ls=":")
     left.set(yscale="log", xlabel="rotary pair i", ylabel=f"turns within {window} tokens",
-             title=f"from pair {critical} on: no full turn")
-    for name, color in (("pi", "#999999"), ("ntk", "#009E73"), ("yarn", "#E69F00")):
+             title=f"SmolLM2: no full turn from pair {critical}, the critical one")
+    for name, color in (("pi", "#CC79A7"), ("ntk", "#009E73"), ("yarn", "#E69F00")):
         factors = FORMULAS[name](len(pairs), theta, window, s).rescale_factors
         middle.plot(pairs, factors, color=color, label={"pi": "PI", "ntk": "NTK", "yarn": "YaRN"}[name])
     middle.plot(pairs, found["long_factor"], color="#0072B2", label="searched")
@@ -123,9 +126,9 @@ def context_parallel(path, processes=4):
     for i in range(chunks):
         for j in range(i + 1):
             whole = [[0, 0, 1, 1], [0, 1, 1, 0]] if j < i else [[0, 0, 1], [0, 1, 1]]  # or a triangle: causal
-            left.fill(np.add(whole[0], j), np.add(whole[1], i), color=color(i), alpha=1 if j == i else 0.45, lw=0)
+            left.fill(np.add(whole[0], j), np.add(whole[1], i), facecolor=color(i), edgecolor="white", lw=2)
     left.set(xlabel="keys and values, by chunk", ylabel="queries, by chunk", aspect="equal", xlim=(0, chunks),
-             ylim=(chunks, 0), title="causal attention: each process has an equal share")
+             ylim=(chunks, 0), title="causal attention: each process (colour) has the same area")
     for ticks in (left.set_xticks, left.set_yticks):
         ticks(np.arange(chunks) + 0.5, range(chunks))
     right.set(xlim=(0, chunks + 0.2), ylim=(processes + 2.2, -0.8), title="what is where, in each layer")
@@ -180,7 +183,8 @@ def main(assets):
     left.set_yticks([25, 50, 100, 200], ["25", "50", "100", "200"])
     left.legend(fontsize=8, loc="center", bbox_to_anchor=(0.42, 0.58))
     fig.savefig(assets / "progressive.png", dpi=110)
-    few = [curve for curve in SMOLLM2 if curve[0] in HEADLINE]
+    few = [(new, name, rope, color, line) for of, new, color in HEADLINE
+           for label, name, rope, _, line in SMOLLM2 if label == of]
     for name, curves, size in (("smollm2_ppl.png", SMOLLM2, 8), ("headline.png", few, 10)):
         fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
         draw(curves, ROOT / "results" / "smollm2", left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})

@@ -1,8 +1,10 @@
 """The commands of the README and of the pages in results/ take options that the scripts have, their links lead
 somewhere, and what the README says of lines, and we of sizes, is true."""
 import json
+import math
 import re
 import shlex
+from collections import Counter
 from importlib import import_module
 
 import pytest
@@ -91,6 +93,33 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(monkeypatch):
     for row in json.loads((ROOT / "results/bundled/default.rope.json").read_text())["search"]["comparison"]:
         expected = [f"{row[key]:.3f}" for key in ("attention_factor", "search", "unseen")] + [str(row["keys"])]
         assert printed[row["rope"]].split() == expected
+
+
+def test_the_numbers_of_the_qwen_page_are_those_in_its_files(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/experiments")
+    values, here = import_module("plots").values, ROOT / "results/qwen2.5-coder"
+    found = {name: {n: f"{ppl:.3f}" + " (30)" * (sum(values(here / "passkey.jsonl", rope).get(n, [])) == 30)
+                    for n, (ppl,) in values(here / "ppl.jsonl", rope).items()} for name, rope in (
+        ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
+        ("static YaRN for 4 times", "yarn:4"), ("searched for 262144", "262144.rope.json"),
+        ("... with attention factor 1", "262144-factor-1.rope.json"),
+        ("searched for 131072, from that set", "131072.rope.json"))}
+    nll, tokens = Counter(), Counter()  # of transformers; some rows are halves of one
+    for part in json.loads((here / "in_transformers.json").read_text()):
+        for row in part["rows"]:
+            name = {"exported": "exported", "exported, attention factor 1": "... with attention factor 1"}.get(
+                row["model"], "as trained" if row["rope"] == "its own" else "static YaRN for 4 times")
+            nll[name, row["length"]] += row["nll"]
+            tokens[name, row["length"]] += row["tokens"]
+    there = {}
+    for (name, n), total in nll.items():
+        there.setdefault(name, {})[n] = f"{math.exp(total / tokens[name, n]):.3f}"
+    tables = re.findall(r"^\|(?: rope)? \| 8192 .*\n(?:\|.*\n)+", PAGES[here / "README.md"], re.MULTILINE)
+    for table, source in zip(tables, (found, there), strict=True):
+        (_, *lengths), _, *rows = (
+            [cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines())
+        shown = {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
+        assert shown == source
 
 
 def test_there_are_at_most_100_results_and_50_options():

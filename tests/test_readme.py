@@ -21,6 +21,26 @@ def commands(text):
         yield from re.findall(command, "".join(code))
 
 
+@pytest.fixture
+def plots(monkeypatch):  # which reads the files of results/
+    monkeypatch.syspath_prepend(ROOT / "tests/experiments")
+    return import_module("plots")
+
+
+def tables(page, head):
+    """{name: {length: cell}} of each table of a page whose first row begins so; empty cells are left out."""
+    for table in re.findall(rf"^{head} 8192 .*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE):
+        (_, *lengths), _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")]
+                                   for line in table.splitlines())
+        yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
+
+
+def qwen_cells(plots, rope, digits):
+    """{length: cell}: perplexity, and keys where there are any, of Qwen2.5-Coder under a rope."""
+    ppl, hits = (plots.values(ROOT / f"results/qwen2.5-coder/{what}.jsonl", rope) for what in ("ppl", "passkey"))
+    return {n: f"{x:.{digits}f}" + (f" ({sum(hits[n])})" if n in hits else "") for n, (x,) in ppl.items()}
+
+
 @pytest.mark.parametrize(("script", "arguments"), sorted({c for text in PAGES.values() for c in commands(text)}))
 def test_a_command_has_only_options_that_there_are(script, arguments):
     import_module(script).parser().parse_args(shlex.split(arguments, comments=True))
@@ -59,47 +79,32 @@ def test_the_readme_is_short_in_words_paragraphs_and_tables():
         assert len(rows) - 2 <= 8 and max(row.count("|") - 1 for row in rows) <= 6, rows[0]
 
 
-def test_the_numbers_of_the_readme_are_those_in_its_files(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests/experiments")
-    values, text = import_module("plots").values, PAGES[ROOT / "README.md"]
-    table = re.search(r"^\| \| 8192 .*\n(?:\|.*\n)+", text, re.MULTILINE)[0].splitlines()
-    (_, *lengths), _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in table)
-    sources = {name: [values(ROOT / f"results/smollm2/{what}-{file}.jsonl", rope) for what in ("ppl", "passkey")]
-               for name, file, rope in (
-        ("as trained", "128k", "none"), ("YaRN", "64k", "yarn"), ("control", "control", "none"),
-        ("fine-tuned for 131072", "tuned", "recovered/rope.json"))}
+def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
+    text = PAGES[ROOT / "README.md"]
+    smollm2, qwen = tables(ROOT / "README.md", r"\| \|")
     searched = json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
-    first, second = (row for row in searched if row["key_weight"] == 0.03)
-    both = [row["perplexity"]["65536"] for row in (second, first)]
-    assert "perplexity {:.1f} and {:.1f} with two seeds".format(*both) in text
-    within = sources["as trained"]  # where the searched set is not used
-    sources["searched for 65536"] = (
-        within[0] | {int(length): [ppl] for length, ppl in first["perplexity"].items()},
-        within[1] | {int(length): [True] * hits for length, hits in first["keys"]["seed 0"].items()})
-    for name, *cells in rows:
-        for length, cell in zip(lengths, cells):
-            ppl, hits = (source.get(int(length)) for source in sources[name])
-            if cell:
-                shown = f"{ppl[0]:.0f}" if ppl[0] > 1000 else f"{ppl[0]:.1f}"
-                assert cell.replace("*", "") == f"{shown} ({sum(hits)})", (name, length)
-    of_qwen = ROOT / "results/qwen2.5-coder"
-    for name, rope in (("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("YaRN 4, as its cards say", "yarn:4"),
-                       ("searched for 262144", "262144.rope.json")):
-        hits = values(of_qwen / "passkey.jsonl", rope)
-        cells = [f"{ppl:.2f}" + (f" ({sum(hits[n])})" if n in hits else "")
-                 for n, (ppl,) in values(of_qwen / "ppl.jsonl", rope).items()]
-        assert len(cells) == 4 and f"| {name} | {' | '.join(cells)} |" in text.replace("*", "")
+    first, second = (row["perplexity"]["65536"] for row in searched if row["key_weight"] == 0.03)
+    assert f"perplexity {second:.1f} and {first:.1f} with two seeds" in text
+    sources = {label: [plots.of_smollm2(what, name, rope) for what in ("ppl", "passkey")]
+               for label, name, rope, *_ in plots.SMOLLM2}
+    assert {*smollm2} == {*plots.HEADLINE}
+    for name, cells in smollm2.items():
+        for length, cell in cells.items():
+            (ppl,), hits = (source[length] for source in sources[name])
+            assert cell == f"{ppl:.{0 if ppl > 1000 else 1}f} ({sum(hits)})", (name, length)
+    assert qwen == {name: qwen_cells(plots, rope, 2) for name, rope in (
+        ("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("YaRN 4, as its cards say", "yarn:4"),
+        ("searched for 262144", "262144.rope.json"))}
     printed = dict(re.findall(r"^(none|pi|ntk|yarn|searched) +(.+)$", text, re.MULTILINE))
     for row in json.loads((ROOT / "results/bundled/default.rope.json").read_text())["search"]["comparison"]:
         expected = [f"{row[key]:.3f}" for key in ("attention_factor", "search", "unseen")] + [str(row["keys"])]
         assert printed[row["rope"]].split() == expected
 
 
-def test_the_numbers_of_the_qwen_page_are_those_in_its_files(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests/experiments")
-    values, here = import_module("plots").values, ROOT / "results/qwen2.5-coder"
-    found = {name: {n: f"{ppl:.3f}" + " (30)" * (sum(values(here / "passkey.jsonl", rope).get(n, [])) == 30)
-                    for n, (ppl,) in values(here / "ppl.jsonl", rope).items()} for name, rope in (
+def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
+    here = ROOT / "results/qwen2.5-coder"
+    ours, theirs = tables(here / "README.md", r"\|(?: rope)? \|")
+    assert ours == {name: qwen_cells(plots, rope, 3) for name, rope in (
         ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
         ("static YaRN for 4 times", "yarn:4"), ("searched for 262144", "262144.rope.json"),
         ("... with attention factor 1", "262144-factor-1.rope.json"),
@@ -111,15 +116,8 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(monkeypatch):
                 row["model"], "as trained" if row["rope"] == "its own" else "static YaRN for 4 times")
             nll[name, row["length"]] += row["nll"]
             tokens[name, row["length"]] += row["tokens"]
-    there = {}
-    for (name, n), total in nll.items():
-        there.setdefault(name, {})[n] = f"{math.exp(total / tokens[name, n]):.3f}"
-    tables = re.findall(r"^\|(?: rope)? \| 8192 .*\n(?:\|.*\n)+", PAGES[here / "README.md"], re.MULTILINE)
-    for table, source in zip(tables, (found, there), strict=True):
-        (_, *lengths), _, *rows = (
-            [cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines())
-        shown = {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
-        assert shown == source
+    shown = {(name, length): cell for name, cells in theirs.items() for length, cell in cells.items()}
+    assert shown == {at: f"{math.exp(total / tokens[at]):.3f}" for at, total in nll.items()}
 
 
 def test_there_are_at_most_100_results_and_50_options():

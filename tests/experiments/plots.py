@@ -27,20 +27,16 @@ PROGRESSIVE = (  # label, files, end of the rope's name, colour, line
     ("second stage, 512x", "64x", "search-512x/rope.json", "#009E73", "-"))
 SMOLLM2 = (
     ("as trained", "128k", "none", "#999999", "-"),
-    ("YaRN", "64k", "yarn", "#E69F00", "-"),
+    ("YaRN for each length", "64k", "yarn", "#E69F00", "-"),
     ("YaRN, su", "64k", "yarn-su.json", "#009E73", "-"),
-    ("searched for 65536", "64k", "search-64k/rope.json", "#0072B2", "-"),
-    ("searched for 65536, then bounded", "64k", "bounded-64k/rope.json", "#0072B2", "--"),
-    ("searched for 65536 within the bound", "search", None, "#56B4E9", "-"),  # by default, seed 0
+    ("searched for 65536", None, None, "#0072B2", "-"),
+    ("... without the bound", "64k", "search-64k/rope.json", "#56B4E9", "-"),
+    ("... that, then bounded", "64k", "bounded-64k/rope.json", "#56B4E9", "--"),
     ("searched for 131072", "128k", "search-128k/rope.json", "#CC79A7", "-"),
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned for 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
     ("control", "control", "none", "#000000", ":"))
-
-HEADLINE = (  # of these, with other names and colours
-    ("as trained", "as trained (at 128k: 5111)", "#999999"), ("YaRN", "YaRN for each length", "#E69F00"),
-    ("searched for 65536 within the bound", "searched for 65536", "#0072B2"),
-    ("fine-tuned for 131072", "fine-tuned for 131072", "#D55E00"), ("control", "control", "#000000"))
+HEADLINE = ("as trained", "YaRN for each length", "searched for 65536", "fine-tuned for 131072", "control")
 QWEN = (
     ("NTK for the length", "ntk", "#009E73"),
     ("YaRN for the length", "yarn", "#E69F00"),
@@ -57,24 +53,35 @@ def values(path, rope):
     return found
 
 
+def of_smollm2(what, name, rope):
+    """The `values` of one of SMOLLM2's curves, what: ppl or passkey."""
+    if name:
+        return values(ROOT / f"results/smollm2/{what}-{name}.jsonl", rope)
+    within = {n: found for n, found in of_smollm2(what, "128k", "none").items() if n <= 8192}  # plain RoPE there
+    row = searched_by_default()
+    beyond = {"ppl": {n: [ppl] for n, ppl in row["perplexity"].items()},
+              "passkey": {n: [True] * hits + [False] * (30 - hits) for n, hits in row["keys"]["seed 0"].items()}}[what]
+    return within | {int(n): found for n, found in beyond.items()}
+
+
 def searched_by_default():
     """SmolLM2's row of seed 0 with today's weight of the key."""
     return next(row for row in json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
                 if (row["key_weight"], row["seed"]) == (0.03, 0))
 
 
-def draw(curves, results, left, right, ticks):
+def of_progressive(what, name, rope):
+    found = values(ROOT / f"results/two-million/{what}-{name}.jsonl", rope)
+    if what == "ppl":  # many windows of 1024 tokens were measured apart; up to there no long set is used
+        apart = ROOT / f"results/two-million/ppl-1024-{name}.jsonl"
+        found |= values(apart, "none" if name == "as-trained" else "model")
+    return found
+
+
+def draw(curves, of, left, right, ticks):
     for label, name, rope, color, line in curves:
         style = {"label": label, "color": color, "ls": line, "marker": "o", "ms": 4}
-        ppl, hits = (values(results / f"{file}-{name if rope else '128k'}.jsonl", rope or "none")
-                     for file in ("ppl", "passkey"))
-        if not rope:  # which is plain RoPE within the window
-            found = searched_by_default()
-            ppl, hits = ({n: xs for n, xs in some.items() if n <= 8192} for some in (ppl, hits))
-            ppl |= {int(n): [x] for n, x in found["perplexity"].items()}
-            hits |= {int(n): [True] * x + [False] * (30 - x) for n, x in found["keys"]["seed 0"].items()}
-        if curves is PROGRESSIVE:  # many windows of 1024 tokens were measured apart; up to there no long set is used
-            ppl |= values(results / f"ppl-1024-{name}.jsonl", "none" if name == "as-trained" else "model")
+        ppl, hits = (of(what, name, rope) for what in ("ppl", "passkey"))
         left.plot(list(ppl), [p for p, *_ in ppl.values()], **style)
         right.plot(list(hits), [sum(found) / len(found) for found in hits.values()], **style)
     left.set(xscale="log", xlabel="window (tokens)", ylabel="perplexity")
@@ -177,17 +184,16 @@ def main(assets):
     context_parallel(assets / "context_parallel.png")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
     ticks = {1024: "1024", 8192: "8192", 32768: "32768", 65536: "", 524288: "524288"}
-    draw(PROGRESSIVE, ROOT / "results" / "two-million", left, right, ticks)
+    draw(PROGRESSIVE, of_progressive, left, right, ticks)
     left.set_yscale("log")
     left.minorticks_off()
     left.set_yticks([25, 50, 100, 200], ["25", "50", "100", "200"])
     left.legend(fontsize=8, loc="center", bbox_to_anchor=(0.42, 0.58))
     fig.savefig(assets / "progressive.png", dpi=110)
-    few = [(new, name, rope, color, line) for of, new, color in HEADLINE
-           for label, name, rope, _, line in SMOLLM2 if label == of]
+    few = [curve for curve in SMOLLM2 if curve[0] in HEADLINE]
     for name, curves, size in (("smollm2_ppl.png", SMOLLM2, 8), ("headline.png", few, 10)):
         fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-        draw(curves, ROOT / "results" / "smollm2", left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
+        draw(curves, of_smollm2, left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
         left.set_ylim(19, 47)
         fig.legend(*left.get_legend_handles_labels(), fontsize=size, loc="outside lower center", ncols=5)
         fig.savefig(assets / name, dpi=110)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longrope import (ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops, in_vocabulary,
-                      load_tokenizer, natural, once, panels_of, perplexity, rank, read_documents, recorded,
-                      resolve_ropes, rope_to_dict, run, say, sha256_of, share_sequences, spread, title_of, token_id,
-                      utilisation, warm_up, whole, window_nll, windows)
+from longrope import (COLORS, ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops,
+                      in_vocabulary, load_tokenizer, natural, once, panels_of, perplexity, rank, read_documents,
+                      recorded, resolve_ropes, rope_to_dict, run, say, sha256_of, share_sequences, spread, title_of,
+                      token_id, utilisation, warm_up, whole, window_nll, windows)
 
 BINS = 16  # of the window, for perplexity by position
 
@@ -106,11 +106,10 @@ def plot(rows, path):
     """Over length, and over the position, with a panel for each length."""
     from matplotlib.ticker import LogFormatter
     ropes, lengths = list(dict.fromkeys(r["rope"] for r in rows)), sorted({r["length"] for r in rows})
-    colors = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")  # colour-blind safe
     over_length, (ax,) = panels_of(1, 4.7, 3.8)
     over_position, panels = panels_of(len(lengths), 3.2, 3.4, sharey=True)
     for i, rope in enumerate(ropes):
-        style = {"label": title_of(rope), "color": colors[i % 7], "marker": "osD^vPX"[i % 7], "ms": 4}
+        style = {"label": title_of(rope), "color": COLORS[i % 7], "marker": "osD^vPX"[i % 7], "ms": 4}
         mine = sorted((r for r in rows if r["rope"] == rope), key=lambda r: r["length"])
         ax.plot([r["length"] for r in mine], [r["ppl"] for r in mine], **style)
         for panel, row in zip(panels, mine):

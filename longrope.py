@@ -1231,6 +1231,10 @@ def utilisation(flops, seconds, device):
     return next((flops / seconds / (peak * world_size()) for gpu, peak in peaks.items() if gpu in name), None)
 
 
+# Safe for the colour-blind; as a rule of none, PI, NTK, YaRN and what was found.
+COLORS = ("#999999", "#CC79A7", "#009E73", "#E69F00", "#0072B2", "#56B4E9", "#D55E00")
+
+
 def panels_of(count, width, height, **more):
     """(figure, axes): `count` panels of that size in inches, at most three a row."""
     from matplotlib.figure import Figure  # here, as it takes a second

@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from eval_passkey import ask_in_pieces, prompts_in_pieces
-from longrope import (FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash, describe,
-                      forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, panels_of, perplexity, plain,
-                      rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config, say, sha256_of,
-                      share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole, window_nll,
-                      windows, world_size, write_json, yarn_factor)
+from longrope import (COLORS, FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash,
+                      describe, forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, panels_of,
+                      perplexity, plain, rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config,
+                      say, sha256_of, share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole,
+                      window_nll, windows, world_size, write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
@@ -270,10 +270,7 @@ def first_candidates(args, problem, start=None, beyond=1.0):
     sets = {name: replace(factors, attention_factor=max(begins, factors.attention_factor))
             for name, factors in reversed(formulas(problem, args.len, max(beyond, args.bound)).items())} | problem.known
     if start:
-        relative = tuple(np.divide(start.rescale_factors, base))
-        if not is_monotone(relative):
-            say("--start-from: its factors are in no order; sorted")
-        sets = {"start": replace(start, rescale_factors=relative)} | sets
+        sets = {"start": replace(start, rescale_factors=tuple(np.divide(start.rescale_factors, base)))} | sets
     starts = {}
     for name, factors in sets.items():
         lambdas = np.clip(np.sort(factors.rescale_factors), smallest, largest).round(2)
@@ -393,9 +390,8 @@ def plot(ropes, length, rows, path):
     found = [row["fitness"] for row in rows if "genes" in row]
     height = max(np.median(found) - min(found), 0.003)
     fig, (left, right) = panels_of(2, 4.6, 3.6)
-    colors = {"none": "#999999", "pi": "#CC79A7", "ntk": "#009E73", "yarn": "#E69F00", "searched": "#0072B2"}
-    for name, rope in ropes.items():
-        left.plot(rope.at(length).rescale_factors, label=name, color=colors.get(name, "#56B4E9"))
+    for (name, rope), color in zip(ropes.items(), COLORS):
+        left.plot(rope.at(length).rescale_factors, label=name, color=color)
     right.plot(found, ".", color="gray", label="a candidate, on its documents")
     right.plot(np.minimum.accumulate(found), color="black", drawstyle="steps-post", label="the lowest yet")
     left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$")
@@ -520,6 +516,8 @@ def main(argv=None):
     share_sequences(model, args.context_parallel, [args.len])
     problem = problem_of(args, model)
     start = resolve_rope(args.start, model, args.len).at(args.len) if args.start else None
+    if start and not is_monotone(np.divide(start.rescale_factors, problem.base.rescale_factors)):
+        say("--start-from: its factors are in no order; sorted")
     space, starts = first_candidates(args, problem, start)
     total = max(args.population_size, len(starts)) + args.iterations * (args.num_mutations + args.num_crossovers)
     args.max_evals = min(args.max_evals or total, total)

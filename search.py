@@ -270,7 +270,10 @@ def first_candidates(args, problem, start=None, beyond=1.0):
     sets = {name: replace(factors, attention_factor=max(begins, factors.attention_factor))
             for name, factors in reversed(formulas(problem, args.len, max(beyond, args.bound)).items())} | problem.known
     if start:
-        sets = {"start": replace(start, rescale_factors=tuple(np.divide(start.rescale_factors, base)))} | sets
+        relative = tuple(np.divide(start.rescale_factors, base))
+        if not is_monotone(relative):
+            say("--start-from: its factors are in no order; sorted")
+        sets = {"start": replace(start, rescale_factors=relative)} | sets
     starts = {}
     for name, factors in sets.items():
         lambdas = np.clip(np.sort(factors.rescale_factors), smallest, largest).round(2)
@@ -516,8 +519,6 @@ def main(argv=None):
     share_sequences(model, args.context_parallel, [args.len])
     problem = problem_of(args, model)
     start = resolve_rope(args.start, model, args.len).at(args.len) if args.start else None
-    if start and not is_monotone(np.divide(start.rescale_factors, problem.base.rescale_factors)):
-        say("--start-from: its factors are in no order; sorted")
     space, starts = first_candidates(args, problem, start)
     total = max(args.population_size, len(starts)) + args.iterations * (args.num_mutations + args.num_crossovers)
     args.max_evals = min(args.max_evals or total, total)

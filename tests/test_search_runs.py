@@ -518,17 +518,6 @@ def test_starts_that_differ_below_the_bound_alone_are_two_searches(tiny, books, 
     assert "another starts; give another --out" in said
 
 
-def test_that_given_factors_are_sorted_is_said_once_also_where_the_first_candidates_are_made_anew(
-        tiny, books, tmp_path, monkeypatch, capsys):
-    write_json(tmp_path / "rope.json", rope_to_dict(make_rope((2.0, *[1.0] * (PAIRS - 1)), 4.0)))
-    monkeypatch.setattr(search, "measure", lambda model, rope, item: (0.0, 0) if isinstance(item, list) else rope.scale)
-    search.main([*default_fitness(command(tiny, books, tmp_path / "out", "--max-evals", 1)), "--start-from",
-                 str(tmp_path / "rope.json")])
-    said = capsys.readouterr().out
-    assert "--fitness ppl" in said and said.count("in no order; sorted") == 1
-    assert rows_of(tmp_path / "out")[0]["genes"]["rescale_factors"][-2:] == [1.0, 2.0]
-
-
 @pytest.mark.parametrize("changes, said", [
     ("--model nowhere", "nowhere"), ("--data nowhere.txt", "nowhere.txt"),
     ("--len 100000", "no document of 100000 tokens"), ("--len 64", "nothing to extend"), ("--short", "--init"),

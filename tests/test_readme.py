@@ -29,16 +29,18 @@ def plots(monkeypatch):  # which reads the files of results/
 
 def tables(page, head):
     """{name: {length: cell}} of each table of a page whose first row begins so; empty cells are left out."""
-    for table in re.findall(rf"^{head} 8192 .*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE):
-        (_, *lengths), _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")]
+    for table in re.findall(rf"^{head} \d+ .*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE):
+        (_, *lengths), _, *rows = ([cell.replace("*", "").strip() for cell in line.strip("|").split("|")]
                                    for line in table.splitlines())
         yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
 
 
-def qwen_cells(plots, rope, digits):
+def qwen_cells(plots, rope, digits, model="", asked=30):
     """{length: cell}: perplexity, and keys where there are any, of Qwen2.5-Coder under a rope."""
-    ppl, hits = (plots.values(ROOT / f"results/qwen2.5-coder/{what}.jsonl", rope) for what in ("ppl", "passkey"))
-    return {n: f"{x:.{digits}f}" + (f" ({sum(hits[n])})" if n in hits else "") for n, (x,) in ppl.items()}
+    ppl, hits = (plots.values(ROOT / f"results/qwen2.5-coder/{what}{model}.jsonl", rope)
+                 for what in ("ppl", "passkey"))
+    keys = {n: f" ({sum(found)}" + f" of {len(found)}" * (len(found) != asked) + ")" for n, found in hits.items()}
+    return {n: f"{x:.{digits}f}{keys.get(n, '')}" for n, (x,) in ppl.items()}
 
 
 @pytest.mark.parametrize(("script", "arguments"), sorted({c for text in PAGES.values() for c in commands(text)}))
@@ -103,12 +105,16 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
 
 def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
     here = ROOT / "results/qwen2.5-coder"
-    ours, theirs = tables(here / "README.md", r"\|(?: rope)? \|")
+    ours, small, theirs = tables(here / "README.md", r"\|(?: rope)? \|")
     assert ours == {name: qwen_cells(plots, rope, 3) for name, rope in (
         ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
         ("static YaRN for 4 times", "yarn:4"), ("searched for 262144", "262144.rope.json"),
         ("... with attention factor 1", "262144-factor-1.rope.json"),
         ("searched for 131072, from that set", "131072.rope.json"))}
+    assert small == {name: qwen_cells(plots, rope, 3, "-0.5b", asked=10) for name, rope in (
+        ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
+        ("static YaRN for 4 times", "yarn:4"), ("searched for 262144 on the 1.5B", "carried.rope.json"),
+        ("searched for 262144", "alone.rope.json"), ("... beginning with the 1.5B's", "0.5b.rope.json"))}
     nll, tokens = Counter(), Counter()  # of transformers; some rows are halves of one
     for part in json.loads((here / "in_transformers.json").read_text()):
         for row in part["rows"]:

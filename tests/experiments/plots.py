@@ -42,6 +42,12 @@ QWEN = (
     ("YaRN for the length", "yarn", "#E69F00"),
     ("static YaRN for 4 times", "yarn:4", "#CC79A7"),
     ("searched for 262144", "262144.rope.json", "#0072B2"))
+QWEN_SMALL = (
+    ("plain RoPE", "0.5b", "none", "#999999", "-"),
+    *((label, "0.5b", rope, color, "-") for label, rope, color in QWEN[:3]),
+    ("searched on the 1.5B", "0.5b", "carried.rope.json", "#56B4E9", "-"),
+    ("searched for 262144", "0.5b", "alone.rope.json", "#0072B2", "-"),
+    ("... beginning with the 1.5B's", "0.5b", "0.5b.rope.json", "#0072B2", "--"))
 
 
 def values(path, rope):
@@ -178,6 +184,14 @@ def qwen(path):
     fig.savefig(path, dpi=110)
 
 
+def of_qwen(what, name, rope):
+    path = ROOT / f"results/qwen2.5-coder/{what}-{name}.jsonl"
+    if what == "passkey":
+        return values(path, rope)
+    plain = values(path, "none")  # over its perplexity, as at 524288 tokens the documents are others
+    return {n: [ppl / plain[n][0]] for n, (ppl,) in values(path, rope).items()}
+
+
 def main(assets):
     qwen(assets / "qwen_ppl.png")
     idea(assets / "idea.png")
@@ -190,6 +204,11 @@ def main(assets):
     left.set_yticks([25, 50, 100, 200], ["25", "50", "100", "200"])
     left.legend(fontsize=8, loc="center", bbox_to_anchor=(0.42, 0.58))
     fig.savefig(assets / "progressive.png", dpi=110)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    draw(QWEN_SMALL, of_qwen, left, right, {32768 * 2**i: f"{32 * 2**i}k" for i in range(5)})
+    left.set_ylabel("perplexity over plain RoPE's")
+    left.legend(fontsize=9)
+    fig.savefig(assets / "qwen_small.png", dpi=110)
     few = [curve for curve in SMOLLM2 if curve[0] in HEADLINE]
     for name, curves, size in (("smollm2_ppl.png", SMOLLM2, 8), ("headline.png", few, 10)):
         fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")

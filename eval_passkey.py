@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, in_vocabulary, load_tokenizer,
-                      natural, over_window, panels_of, rank, recorded, resolve_ropes, rope_to_dict, run, say,
-                      sha256_of, share_sequences, spread_in_rounds, title_of, token_nll, warm_up)
+                      measured, natural, over_window, panels_of, rank, recorded, resolve_ropes, run, say,
+                      share_sequences, title_of, token_nll, warm_up)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -43,9 +42,8 @@ def make_prompt(tokenizer, length, depth, key):
     needle, question, answer = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f"{QUESTION} {key}")
     if answer[:len(question)] != question:
         raise UserError("this tokenizer joins the question's end with the key")
-    newline, sentences, task = encode("\n", "a"), encode(FILLER), tokenizer.encode(TASK, add_special_tokens=False).ids
-    whole = tokenizer.encode(TASK).ids  # with a BOS in front, as the tokenizer has it, but without an EOS behind
-    task = whole[:next(i for i in range(len(whole)) if whole[i:i + len(task)] == task) + len(task)]
+    newline, sentences, task = encode("\n", "a"), encode(FILLER), tokenizer.encode(TASK)
+    task = task.ids[:len(task) - task.special_tokens_mask[::-1].index(0)]  # BOS if it has one, no EOS
     room = length - len(task) - len(needle) - len(answer) - 2 * len(newline)
     if room < 0:
         raise UserError(f"a pass-key prompt takes at least {length - room} tokens, not {length}: raise --len")
@@ -119,7 +117,7 @@ def ask_in_pieces(model, rope, prompts):
     model.context = None  # they are short enough for one process
     for tokens, kept, count in prompts:
         kept = torch.from_numpy(kept).to(device)
-        tokens = tokens.to(device)[kept]
+        tokens = in_vocabulary(model, tokens).to(device)[kept]
         hidden = model.hidden(tokens[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
         nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
         found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
@@ -180,31 +178,18 @@ def main(argv=None):
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
     journal = Journal(out / "passkey.jsonl", describe(model, tokenizer) | {
         "scoring": scoring, "depths": args.depths, "seed": args.seed}, recorded(args))
-
-    def place(t):
-        return t["rope_sha256"], t["length"], t["depth"], t["trial"]
-    known, rows = {place(t): t for t in journal.rows}, []
-    todo = {key: [{"rope_sha256": sha256_of(rope_to_dict(rope))} | t for t in trials if t["length"] == key[1]]
-            for key, rope in ropes.items()}
     warm_up(model, lengths[-1])
     say(f"{scoring}; s of pi, ntk and yarn: length / {model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}}   length      s trials  hits accuracy exact   seconds  tokens/s peak GiB")
-    left = sum(t["length"] for mine in todo.values() for t in mine if place(t) not in known)
-    bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
-    for (name, length), model.rope in ropes.items():
-        new = [t for t in todo[name, length] if place(t) not in known]
-        for t in spread_in_rounds(lambda t: ask(model, tokenizer, t, args.generate), new, args.context_parallel):
-            journal.write({"rope": name, "scale": model.rope.scale} | t)
-            known[place(t)] = t
-            bar.update(length)
-        mine = [known[place(t)] | {"rope": name} for t in todo[name, length]]
+    rows = []
+    for name, length, mine in measured(journal, model, ropes, trials, lambda t: ask(model, tokenizer, t, args.generate),
+                                       args.context_parallel):
         rows += mine
         hits, exact, seconds = (sum(t[key] for t in mine) for key in ("hit", "exact", "seconds"))
         say(f"{name:{wide}} {length:8} {model.rope.scale:6.4g} {len(mine):6} {hits:5} {hits / len(mine):8.1%} "
             f"{exact:5} {seconds:9.1f} {length * len(mine) / max(seconds, 1e-4):9.0f} "
             f"{max(t['peak_gib'] or 0 for t in mine) or '-':>8}")
-    bar.close()
     if rank() == 0:
         plot(rows, scoring, out / "passkey.png")
     say(f"wrote {out}")

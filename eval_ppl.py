@@ -8,7 +8,6 @@ them); ppl.png, perplexity over length; ppl_position.png, over the position in t
 """
 import random
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from longrope import (COLORS, ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops,
-                      in_vocabulary, load_tokenizer, natural, once, panels_of, perplexity, rank, read_documents,
-                      recorded, resolve_ropes, rope_to_dict, run, say, sha256_of, share_sequences, spread, title_of,
-                      token_id, utilisation, warm_up, whole, window_nll, windows)
+                      in_vocabulary, load_tokenizer, measured, natural, panels_of, perplexity, rank,
+                      read_documents, recorded, resolve_ropes, run, say, share_sequences, spread_in_rounds, title_of,
+                      token_id, utilisation, warm_up, whole, window_nll, windows, world_size)
 
 BINS = 16  # of the window, for perplexity by position
 
@@ -50,18 +49,17 @@ def nll_by_position(model, window, first):
     return np.bincount(position, nll, minlength=BINS), np.bincount(position, minlength=BINS)
 
 
-def measure(model, scored, args, bar):
+def measure(model, scored, together):
     """A row's measurements: perplexity = exp(total NLL / total tokens) over windows [(tokens (T,), first), ...]."""
     cuda = model.unembedding.is_cuda
 
-    def one(task):
-        found = *nll_by_position(model, *task), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
-        bar.update(len(task[0]))
-        return found
+    def one(window):
+        return *nll_by_position(model, *window), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    begun = time.perf_counter()
-    sums, counts, peaks = zip(*spread(one, scored, args.context_parallel))  # in the order of the documents
+    begun, found = time.perf_counter(), spread_in_rounds(one, scored, together)  # in the order of the documents
+    bar = tqdm(found, total=len(scored), unit="window", leave=False, disable=rank() > 0)
+    sums, counts, peaks = zip(*bar)
     seconds = time.perf_counter() - begun
     sums, counts, length = sum(sums), sum(counts), len(scored[0][0])
     return {"tokens": int(counts.sum()), "nll": float(sums.sum()), "ppl": perplexity(sums, counts.sum()),
@@ -80,20 +78,12 @@ def read_windows(args, lengths, model):
     """{length: (what a row says of its data, [(tokens, first), ...])}, the same for all ropes."""
     tokenizer, found = load_tokenizer(args.model), {}
     total = args.doc_tokens or lengths[-1] + 10 * args.stride
-    documents = read_documents(args.data, 5 * total)
-    if args.windows:  # of whole documents
-        bos = token_id(model, "bos_token_id")
-        texts = ((name, torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)) for name, text in documents)
-        texts = [*islice((tokens for _, tokens in once(texts) if len(tokens) >= lengths[-1]), args.samples)]
-        if not texts:
-            raise UserError(f"no document of {lengths[-1]} tokens; give longer --data or a shorter --len")
-    else:
-        texts = [tokens for _, tokens in windows(documents, tokenizer, total, args.samples)]
-    for text in texts:
-        in_vocabulary(model, text)
+    documents = windows(read_documents(args.data, 5 * total), tokenizer, total, args.samples, cut=not args.windows)
+    texts = [in_vocabulary(model, tokens) for _, tokens in documents]
     for n in lengths:
         stride = args.stride or (n if args.doc_tokens else 0)
         if args.windows:
+            bos = token_id(model, "bos_token_id")
             scored = [(window, 1) for text in texts for window in anywhere(text, n, args.windows, args.seed, bos)]
         else:
             scored = [(text[at:at + n], first) for text in texts for at, first in spans(total, n, stride)]
@@ -162,20 +152,14 @@ def main(argv=None):
     say(f"s of pi, ntk and yarn: length / {model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}}   length      s documents    tokens perplexity   seconds  tokens/s    MFU peak GiB")
-    about = {key: {"rope_sha256": sha256_of(rope_to_dict(rope)), "length": key[1], **data[key[1]][0]}
-             for key, rope in ropes.items()}
-    known = {key: next((r for r in journal.rows if a.items() <= r.items()), None) for key, a in about.items()}
-    left = sum(n * len(data[n][1]) for (_, n), row in known.items() if not row)
-    bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
-    for (name, length), model.rope in ropes.items():
-        if not (row := known[name, length]):
-            row = {"rope": name, "scale": model.rope.scale, **about[name, length],
-                   **measure(model, data[length][1], args, bar)}
-            journal.write(row)
-        rows.append(row | {"rope": name})
+    tasks = [{"length": n} | about for n, (about, _) in data.items()]
+
+    def row_of(task):  # all processes share its windows
+        return measure(model, data[task["length"]][1], args.context_parallel)
+    for name, length, (row,) in measured(journal, model, ropes, tasks, row_of, world_size()):
+        rows.append(row)
         say(f"{name:{wide}} {length:8} {row['scale']:6.4g} {row['documents']:9} {row['tokens']:9} {row['ppl']:10.3f} "
             f"{row['seconds']:9.1f} {row['tokens_per_s']:9} {row['mfu'] or 0:6.1%} {row['peak_gib'] or '-':>8}")
-    bar.close()
     if rank() == 0:
         plot(rows, out)
     say(f"wrote {out}")

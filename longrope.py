@@ -1046,20 +1046,21 @@ def documents_in(file):
             yield str(record.get("title", f"{file.name}:{number}")), text
 
 
-def windows(documents, tokenizer, length, samples):
+def windows(documents, tokenizer, length, samples, cut=True):
     """The first `length` tokens, with what the tokenizer puts in front, of each of the first `samples` documents that
-    have so many -> [(name, tokens (T,))]. Raises UserError."""
+    have so many -> [(name, tokens (T,))]; without `cut` all their tokens, nothing in front. Raises UserError."""
     short = {}
 
     def first_tokens():
         for name, text in documents:
-            characters = 8 * length  # to begin with: books are far longer than most windows
-            while len(tokens := tokenizer.encode(text[:characters]).ids) <= length + 16 and characters < len(text):
+            characters = 8 * length if cut else len(text)  # to begin with: books are far longer than most windows
+            while (len(tokens := tokenizer.encode(text[:characters], add_special_tokens=cut).ids) <= length + 16
+                   and characters < len(text)):
                 characters *= 2  # the cut changes the last few tokens at most
             if len(tokens) < length:
                 short[name] = len(tokens)
             else:
-                yield name, torch.tensor(tokens[:length])
+                yield name, torch.tensor(tokens[:length] if cut else tokens)
     found = [*islice(once(first_tokens()), samples)]
     if not found:
         raise UserError(f"no document of {length} tokens: the longest of {len(short)} has "
@@ -1146,6 +1147,32 @@ def spread_in_rounds(measure, items, together=1):
     groups = world_size() // together
     for at in range(0, len(items), groups):
         yield from spread(measure, items[at:at + groups], together)
+
+
+def measured(journal, model, ropes, tasks, measure, together=1):
+    """Yield (name, length, rows) for each of `ropes`, {(name, length): Rope}: a row for each of `tasks`, dicts, of that
+    length, with what measure(task) adds. None is measured twice: the journal has those of an equal rope and task."""
+    def place(row):
+        return tuple(row.get(key) for key in ("rope_sha256", *tasks[0]))
+
+    def tokens(task):
+        return task["length"] * task.get("windows", 1)
+    known = {place(row): row for row in journal.rows}
+    todo = {(name, length): [{"rope": name, "scale": rope.scale, "rope_sha256": sha256_of(rope_to_dict(rope))} | task
+                             for task in tasks if task["length"] == length] for (name, length), rope in ropes.items()}
+    unknown = {place(task): tokens(task) for mine in todo.values() for task in mine if place(task) not in known}
+    with tqdm(total=sum(unknown.values()), unit="token", unit_scale=True, disable=rank() > 0 or not unknown) as bar:
+        for (name, length), model.rope in ropes.items():
+            new = [task for task in todo[name, length] if place(task) not in known]
+            for row in spread_in_rounds(lambda task: task | measure(task), new, together):
+                known[place(row)] = row
+                journal.write(row)
+                bar.update(tokens(row))
+            rows = [known[place(task)] | {"rope": name} for task in todo[name, length]]
+            for row in rows:
+                if place(row) in unknown and row not in journal.rows:  # an equal rope of another name
+                    journal.write(row)
+            yield name, length, rows
 
 
 def share_sequences(model, processes, lengths):

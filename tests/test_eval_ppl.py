@@ -164,6 +164,18 @@ def test_rows_are_of_a_ropes_content_and_ropes_lengths_and_data_may_be_added(tmp
     assert other[:5] == more and [r["documents"] for r in other[5:]] == [2]
 
 
+def test_equal_ropes_are_measured_once_and_written_under_each_name(tmp_path, tiny, books, monkeypatch):
+    measure, measured = eval_ppl.measure, []
+    monkeypatch.setattr(eval_ppl, "measure", lambda *given: measured.append(given) or measure(*given))
+    command = ["--model", tiny, "--data", books, "--rope", "none", "yarn", "--len", WINDOW, 2 * WINDOW]
+    rows = ppl(tmp_path, *command)
+    assert len(measured) == 3  # within the window YaRN is plain RoPE
+    assert [(row["length"], row["rope"]) for row in rows] == [
+        (n, rope) for n in (WINDOW, 2 * WINDOW) for rope in ("none", "yarn")]
+    assert rows[0]["nll"] == rows[1]["nll"] and rows[2]["nll"] != rows[3]["nll"]
+    assert ppl(tmp_path, *command) == rows and len(measured) == 3
+
+
 @pytest.mark.parametrize("script", ["eval_ppl", "eval_passkey"])
 def test_another_model_or_tokenizer_or_a_second_run_at_once_is_refused_in_a_line(tmp_path, tiny, books, capsys, script):
     main, journal = import_module(script).main, tmp_path / "out" / f"{script.removeprefix('eval_')}.jsonl"

@@ -17,12 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, load_tokenizer,  # noqa: E402
-                      natural, rank, read_documents, recorded, resolve_ropes, rope_to_dict, run, say, sha256_of,
-                      spread_in_rounds, warm_up)
+                      measured, natural, read_documents, recorded, resolve_ropes, run, say, warm_up)
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {}s for {} is: {}."
@@ -143,25 +141,13 @@ def main(argv=None):
         make_prompt(tokenizer, args.chat, args.seed, lengths[0], task, 0)
     out, setup = args.out or Path(f"out/ruler-{lengths[-1]}"), {"chat": args.chat, "seed": args.seed}
     journal = Journal(out / "ruler.jsonl", describe(model, tokenizer) | setup, recorded(args))
-
-    def place(t):
-        return t["rope_sha256"], t["length"], t["task"], t["item"]
-    known = {place(t): t for t in journal.rows}
-    todo = {(name, length): [{"rope_sha256": sha256_of(rope_to_dict(rope)), "length": length, "task": task, "item": i}
-                             for task in tasks for i in range(args.items)] for (name, length), rope in ropes.items()}
+    trials = [{"length": n, "task": task, "item": i} for n in lengths for task in tasks for i in range(args.items)]
     warm_up(model, lengths[-1])
-    left = sum(t["length"] for mine in todo.values() for t in mine if place(t) not in known)
-    bar = tqdm(total=left, unit="token", unit_scale=True, disable=rank() > 0 or not left)
     table = [f" length {' '.join(f'{task:>15}' for task in tasks)}    mean  rope"]
-    for (name, length), model.rope in ropes.items():
-        new = [t for t in todo[name, length] if place(t) not in known]
-        for t in spread_in_rounds(lambda t: ask(model, tokenizer, t, args.chat, args.seed), new):
-            journal.write({"rope": name, "scale": model.rope.scale} | t)
-            known[place(t)] = t
-            bar.update(length)
-        scores = np.reshape([known[place(t)]["score"] for t in todo[name, length]], (len(tasks), -1)).mean(1)
+    for name, length, rows in measured(journal, model, ropes, trials,
+                                       lambda t: ask(model, tokenizer, t, args.chat, args.seed)):
+        scores = np.reshape([row["score"] for row in rows], (len(tasks), -1)).mean(1)
         table.append(f"{length:7} {' '.join(f'{s:15.1%}' for s in scores)} {np.mean(scores):7.1%}  {name}")
-    bar.close()
     say("\n".join([*table, f"wrote {out}"]))
 
 

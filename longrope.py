@@ -63,6 +63,9 @@ class Factors:
     def on(self, base):  # on top of `base` the lambdas multiply, all else is as here
         return replace(self, rescale_factors=tuple(np.multiply(base.rescale_factors, self.rescale_factors).tolist()))
 
+    def over(self, base):  # what gives this on top of `base`
+        return replace(self, rescale_factors=tuple(np.divide(self.rescale_factors, base.rescale_factors).tolist()))
+
 
 # The formulas that came before share their arguments: D/2, theta, the window L0, and s = L'/L0, L' the target.
 def plain(pairs, rope_theta=None, window=None, scale=None):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from eval_passkey import ask_in_pieces, prompts_in_pieces
 from longrope import (COLORS, FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash,
                       describe, forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, panels_of,
-                      perplexity, plain, rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config,
+                      perplexity, rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config,
                       say, sha256_of, share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole,
                       window_nll, windows, world_size, write_json, yarn_factor)
 
@@ -178,7 +178,6 @@ class Problem:
     base: Factors     # what the candidates' lambdas multiply onto
     window: int       # tokens that the base serves
     scale: float      # s; lambda goes up to 1.25 s
-    known: dict       # {name: Factors}, sets that exist already, first candidates
     short: bool       # is it the short set that is searched?
 
     def put(self, candidate, length):
@@ -194,22 +193,18 @@ def first_stage(rope, length):
     """From the window that the model was trained on, onto what it was trained with."""
     window = rope.original_max_position_embeddings
     trained = replace(rope, long=rope.trained, scale=1.0, short=None, short_max_length=0)
-    known = {"none": plain(len(rope.trained.rescale_factors))}  # better than the formulas where theta is a million
-    return Problem(trained, rope.trained, window, length / window, known, short=False)
+    return Problem(trained, rope.trained, window, length / window, short=False)
 
 
 def second_stage(rope, length):
     """From a fine-tuned model's window, without training: lambda = lambda_finetuned * lambda_second (section 3.3)."""
-    known = {"none": replace(rope.long, rescale_factors=(1.0,) * len(rope.long.rescale_factors))}
-    return Problem(rope, rope.long, rope.target_length, length / rope.target_length, known, short=False)
+    return Problem(rope, rope.long, rope.target_length, length / rope.target_length, short=False)
 
 
 def recovery(rope, length):
     """The short set, up to `length` tokens: lambda goes less far (published factors reach 2.8 to 5)."""
-    beyond = length / rope.original_max_position_embeddings
-    long = replace(rope.long, rescale_factors=tuple(np.divide(rope.long.rescale_factors, rope.trained.rescale_factors)))
-    return Problem(rope, rope.trained, rope.original_max_position_embeddings, max(min(rope.scale, 5.0), beyond),
-                   {"none": plain(len(long.rescale_factors)), "long": long}, short=True)
+    window = rope.original_max_position_embeddings
+    return Problem(rope, rope.trained, window, max(min(rope.scale, 5.0), length / window), short=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +254,8 @@ def first_candidates(args, problem, start=None, beyond=1.0):
     if args.attention_factor == "search":
         low, high = 1.0, round(1.25 * fixed["su"], 2)
     slow = problem.window / (2 * math.pi) * inv_freq_of(base, rope.rope_theta) < 1  # no full turn within the window
-    least = round(args.bound * s, 2)
+    bound = SLOW_LEAST * (args.fitness != "ppl" and not problem.short) if args.slow_least is None else args.slow_least
+    least = round(bound * s, 2)
     if args.slow_least and not (s > 1 and slow.any() and 1 < least <= largest):
         raise UserError(f"--slow-least {args.slow_least:g} bounds nothing, or above {largest:g}, the largest factor: "
                         f"{slow.sum()} pairs are slow, s is {s:.4g}")
@@ -267,13 +263,13 @@ def first_candidates(args, problem, start=None, beyond=1.0):
     n_hats = N_HAT if args.n_hat == "search" else (args.n_hat,)
 
     begins = su_factor(args.len / window if args.len > window else scale, window)
-    sets = {name: replace(factors, attention_factor=max(begins, factors.attention_factor))
-            for name, factors in reversed(formulas(problem, args.len, max(beyond, args.bound)).items())} | problem.known
-    if start:
-        relative = tuple(np.divide(start.rescale_factors, base))
-        if not is_monotone(relative):
-            say("--start-from: its factors are in no order; sorted")
-        sets = {"start": replace(start, rescale_factors=relative)} | sets
+    sets = {"start": start.over(problem.base)} if start else {}
+    if start and not is_monotone(sets["start"].rescale_factors):
+        say("--start-from: its factors are in no order; sorted")
+    for name, factors in reversed(formulas(problem, args.len, max(beyond, bound)).items()):
+        sets[name] = replace(factors, attention_factor=max(begins, factors.attention_factor))
+    own = {"none": problem.base, "long": rope.long} if problem.short else {"none": problem.base}
+    sets |= {name: factors.over(problem.base) for name, factors in own.items()}
     starts = {}
     for name, factors in sets.items():
         lambdas = np.clip(np.sort(factors.rescale_factors), smallest, largest).round(2)
@@ -288,8 +284,8 @@ def ropes_to_compare(args, problem):
     rope = problem.rope
     if problem.short:  # transformers has one attention factor for both sets
         attention = rope.long.attention_factor if args.export else 1.0
-        return {"none": problem.put(replace(problem.known["none"], attention_factor=attention), args.len),
-                "long": replace(rope, short=None, short_max_length=0)}
+        none = Factors((1.0,) * len(rope.long.rescale_factors), attention_factor=attention)
+        return {"none": problem.put(none, args.len), "long": replace(rope, short=None, short_max_length=0)}
     return {"none": rope} | {name: problem.put(it, args.len) for name, it in formulas(problem, args.len).items()}
 
 
@@ -299,43 +295,41 @@ class Evaluator:
 
     def __init__(self, args, model, problem, documents, prompts, journal, record):
         self.args, self.model, self.problem, self.journal, self.record = args, model, problem, journal, record
-        self.items = dict(enumerate(documents)) | {name: some for name, some in prompts.items() if some}
+        self.items = dict(enumerate(documents)) | prompts
         self.known = {(row["rope"], row["item"]): row["found"] for row in journal.rows if "rope" in row}
         self.there = sum("genes" in row for row in journal.rows)
         self.fitness, self.first = {}, None
         self.bar = tqdm(total=args.max_evals, desc="search", unit="candidate", disable=rank() > 0)
 
     def found(self, tasks):
-        """Yield what `measure` says of each (rope, label)."""
-        keys = [(sha256_of(rope_to_dict(rope)), label) for rope, label in tasks]
-        left = {key: (rope, self.items[label]) for key, (rope, label) in zip(keys, tasks) if key not in self.known}
+        """Yield for each (rope, labels) {label: what `measure` says}, without labels that are no item's."""
+        tasks = [(rope, sha256_of(rope_to_dict(rope)), [x for x in some if x in self.items]) for rope, some in tasks]
+        left = {(name, label): (rope, self.items[label]) for rope, name, labels in tasks for label in labels
+                if (name, label) not in self.known}
         if world_size() > 1:  # documents first, then prompts: what is dealt in a round takes equally long
             left = dict(sorted(left.items(), key=lambda item: isinstance(item[0][1], str)))
         every = spread_in_rounds(lambda task: measure(self.model, *task), [*left.values()], self.args.context_parallel)
         todo = iter(left)
-        for key in keys:
-            while key not in self.known:
+        for _, name, labels in tasks:
+            while not all((name, label) in self.known for label in labels):
                 begun, now = time.perf_counter(), next(todo)
                 self.known[now] = next(every)
                 self.journal.write({"rope": now[0], "item": now[1], "found": self.known[now],
                                     "seconds": round(time.perf_counter() - begun, 3)})
-            yield self.known[key]
+            yield {label: self.known[name, label] for label in labels}
 
     def __call__(self, population, iteration):
         """{candidate: fitness}: NLL a token above the first candidate's on the same documents, and a little of the
         key's. The first is measured on all of the search's documents, each other on the next --samples of them."""
-        samples, turns = self.args.samples, {}
+        samples, tasks = self.args.samples, []
         for n, candidate in enumerate(population, len(self.fitness)):
             turn = n % self.args.turns * samples
-            turns[candidate] = range(turn, turn + samples) if n else range(self.args.searched)
-        keys = ["search"] * ("search" in self.items)
-        found = self.found([(self.problem.put(candidate, self.args.len), label) for candidate, turn in turns.items()
-                            for label in [*turn, *keys]])
-        for candidate, turn in turns.items():
-            nlls = {document: next(found) for document in turn}
-            answer, asked = next(found) if keys else (0.0, 0)
+            documents = range(turn, turn + samples) if n else range(self.args.searched)
+            tasks.append((self.problem.put(candidate, self.args.len), [*documents, "search"]))
+        for candidate, nlls in zip(population, self.found(tasks)):
+            answer, asked = nlls.pop("search", (0.0, 0))
             self.first = self.first or nlls
-            above = math.fsum(nlls[d] - self.first[d] for d in turn) / (len(turn) * (self.args.len - 1))
+            above = math.fsum(nlls[d] - self.first[d] for d in nlls) / (len(nlls) * (self.args.len - 1))
             self.fitness[candidate] = with_key(above, answer)
             if len(self.fitness) > self.there:
                 self.journal.write({"iteration": iteration, "origin": population[candidate],
@@ -350,12 +344,11 @@ class Evaluator:
 
     def compare(self, ropes, which, documents):
         """A row for each rope: perplexity on the search's documents and on others, and what it finds of the keys."""
-        keys = [which] * (which in self.items)
-        tasks = [(rope, label) for rope in ropes.values() for label in [*range(documents), *keys]]
-        found, rows = iter(tqdm(self.found(tasks), which, len(tasks), leave=False, disable=rank() > 0)), []
-        for name, rope in ropes.items():
-            nlls = [next(found) for _ in range(documents)]
-            answer, asked = next(found) if keys else (0.0, None)
+        rows, found = [], self.found([(rope, [*range(documents), which]) for rope in ropes.values()])
+        bar = tqdm(found, which, len(ropes), leave=False, disable=rank() > 0)
+        for (name, rope), nlls in zip(ropes.items(), bar):
+            answer, asked = nlls.pop(which, (0.0, None))
+            nlls = [*nlls.values()]
             on, off = (perplexity(some, len(some) * (self.args.len - 1))
                        for some in (nlls[:self.args.searched], nlls[self.args.searched:]))
             rows.append({"rope": name, "attention_factor": rope.at(self.args.len).attention_factor, "search": on,
@@ -366,7 +359,7 @@ class Evaluator:
     def save(self, rope, **more):
         if rank() == 0:
             write_json(self.args.out / "rope.json", rope_to_dict(rope) | {
-                "search": self.record | {"evaluations": len(self.fitness)} | more})
+                "search": self.record | recorded(self.args) | {"evaluations": len(self.fitness)} | more})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,7 +460,6 @@ def fill_in(args, model):
     on_cpu = model.unembedding.device.type == "cpu"
     if args.short and not args.fitness:
         args.fitness = "keys"
-    args.bound = SLOW_LEAST * (args.fitness != "ppl" and not args.short) if args.slow_least is None else args.slow_least
     # how many candidates are measured again before the table, and whether its prompts are read whole
     args.last, args.whole_prompts = (3, False) if on_cpu else (12, args.len <= 131072 and args.context_parallel == 1)
     args.documents = max(2 * args.samples, 4 if on_cpu else 10)  # half of them to compare on
@@ -505,9 +497,7 @@ def read_data(args, model, tokenizer):
                                            name == "table" and args.whole_prompts) for name, count in counts.items()}
     except UserError as e:
         warn(f"no pass keys: {e}")
-        prompts = dict.fromkeys(counts, [])
-    for tokens, *_ in itertools.chain(*prompts.values()):
-        in_vocabulary(model, tokens)
+        prompts = {}
     return names, documents, prompts
 
 
@@ -525,14 +515,14 @@ def main(argv=None):
     ropes = ropes_to_compare(args, problem)
     names, documents, prompts = read_data(args, model, tokenizer)
 
-    same = {*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "bound", "short", "screening",
+    same = {*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "slow_least", "short", "screening",
             "context_parallel", "fitness"} - {"iterations"}  # which may grow
     setup = describe(model, tokenizer) | {key: getattr(args, key) for key in sorted(same)} | {
         "data_sha256": data_hash(documents), "base": rope_to_dict(problem.rope),
         "starts": sha256_of([asdict(c) for c in (*starts, *[start] * bool(start))])}
     record = {"model": str(args.model), "data": names[:args.searched], "data_sha256": setup["data_sha256"],
-              "target_length": args.len, "seed": args.seed} | recorded(args)
-    journal = Journal(args.out / "history.jsonl", setup, record, ["rope.json"])
+              "target_length": args.len, "seed": args.seed}
+    journal = Journal(args.out / "history.jsonl", setup, record | recorded(args), ["rope.json"])
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
     say_cost(args, model, documents[0], prompts.get("search", []), max(0, args.max_evals - evaluate.there),
              (args.last + 1) * args.searched + (len(ropes) + 1) * (len(documents) + KEYS * args.whole_prompts))
@@ -541,10 +531,8 @@ def main(argv=None):
         args.fitness = "ppl" if none < min(others) else "keys"
         if args.fitness == "ppl":  # as with a theta of a million: slow pairs do no harm, pieces of prompts mislead
             say("plain RoPE is better than PI, NTK and YaRN: --fitness ppl")
-            args.bound = args.slow_least or 0
             space, starts = first_candidates(args, problem, start, problem.scale ** -0.5)  # for the square root of s
             evaluate.items = {label: item for label, item in evaluate.items.items() if label not in ("search", "last")}
-        record["arguments"] |= {"fitness": args.fitness, "bound": args.bound}
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     evaluate.bar.close()
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)

@@ -3,7 +3,9 @@ somewhere, and what the README says of lines, and we of sizes, is true."""
 import json
 import math
 import re
+import runpy
 import shlex
+import sys
 from collections import Counter
 from importlib import import_module
 
@@ -124,6 +126,15 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
             tokens[name, row["length"]] += row["tokens"]
     shown = {(name, length): cell for name, cells in theirs.items() for length, cell in cells.items()}
     assert shown == {at: f"{math.exp(total / tokens[at]):.3f}" for at, total in nll.items()}
+
+
+@pytest.mark.parametrize("path", [path for path in sorted(ROOT.glob("tests/experiments/*.py"))
+                                  if "Parser(" in path.read_text()], ids=lambda path: path.name)
+def test_an_experiment_says_how_it_is_used(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not end.value.code and "--out" in capsys.readouterr().out
 
 
 def test_there_are_at_most_100_results_and_50_options():

@@ -6,7 +6,6 @@ The same tokens are scored throughout: the last quarter of every whole window of
 of each document. Less context means windows of --context tokens that move by an eighth of it, so each token has at
 least 7/8 of --context before it.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,8 +28,7 @@ def last_quarter(model, tokens, context):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    longrope.add_arguments(p)
+    p = longrope.Parser(__doc__)
     p.add_argument("--rope", nargs="+", default=["model"], help="as eval_ppl.py's (default: model)")
     p.add_argument("--len", type=int, default=131072)
     p.add_argument("--doc-tokens", type=int, default=524288)

@@ -333,9 +333,9 @@ class Llama(nn.Module):
     """`rope` is data, not a module: assign another Rope and the next forward pass uses it. With a `context` all its
     processes call with the same tokens, and each works on its part of them."""
 
-    def __init__(self, config, rope=None):
+    def __init__(self, config):
         super().__init__()
-        self.config, self.rope, self.context = config, rope or config.rope, None
+        self.config, self.rope, self.context = config, config.rope, None
         self.path, self.own_rope = None, None  # the directory it was read from, and the rope.json there
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -402,9 +402,7 @@ def token_nll(hidden, unembedding, targets, chunk=4096):
     def of_chunk(h, t):
         return F.cross_entropy(F.linear(h, unembedding).float(), t, reduction="none")
     parts = zip(hidden.split(chunk), targets.split(chunk))
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in parts])
-    return torch.cat([of_chunk(h, t) for h, t in parts])
+    return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in parts])
 
 
 @torch.inference_mode()
@@ -898,7 +896,7 @@ def weight_files(path):
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if not (whole.exists() or index.exists()):
         raise UserError(f"{path}: no model.safetensors (other kinds of weights must be converted)")
-    if whole.exists() or not index.exists():  # in this order, as transformers does
+    if whole.exists():  # first, as in transformers
         return [whole]
     with reading(index):
         files = sorted(set(read_json(index)["weight_map"].values()))
@@ -938,10 +936,8 @@ def save_weights(model, path, state, dtype=torch.bfloat16):
     state = {name: torch.cat([state[part].detach().to("cpu", dtype) for part in parts])
              for name, parts in stored_names(model).items()}
     with whole_file(Path(path) / "model.safetensors") as part:
-        part.touch()
-        mode = part.stat().st_mode  # of any new file; save_file's are readable by their owner alone
         save_file(state, part, metadata={"format": "pt"})
-        part.chmod(mode)
+        shutil.copymode(Path(path) / "config.json", part)  # as any new file; save_file's are for their owner alone
 
 
 def save_config(model, path, dtype=None):

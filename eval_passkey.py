@@ -117,7 +117,7 @@ def ask_in_pieces(model, rope, prompts):
     model.context = None  # they are short enough for one process
     for tokens, kept, count in prompts:
         kept = torch.from_numpy(kept).to(device)
-        tokens = in_vocabulary(model, tokens).to(device)[kept]
+        tokens = tokens.to(device)[kept]
         hidden = model.hidden(tokens[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
         nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
         found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from longrope import (COLORS, ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops,
                       in_vocabulary, load_tokenizer, measured, natural, panels_of, perplexity, rank,
-                      read_documents, recorded, resolve_ropes, run, say, share_sequences, spread_in_rounds, title_of,
+                      read_documents, recorded, resolve_ropes, run, say, share_sequences, spread, title_of,
                       token_id, utilisation, warm_up, whole, window_nll, windows, world_size)
 
 BINS = 16  # of the window, for perplexity by position
@@ -54,12 +54,14 @@ def measure(model, scored, together):
     cuda = model.unembedding.is_cuda
 
     def one(window):
-        return *nll_by_position(model, *window), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
+        found = *nll_by_position(model, *window), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
+        bar.update()
+        return found
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    begun, found = time.perf_counter(), spread_in_rounds(one, scored, together)  # in the order of the documents
-    bar = tqdm(found, total=len(scored), unit="window", leave=False, disable=rank() > 0)
-    sums, counts, peaks = zip(*bar)
+    begun, share = time.perf_counter(), scored[::world_size() // together]  # of the first process
+    with tqdm(total=len(share), unit="window", leave=False, disable=rank() > 0) as bar:
+        sums, counts, peaks = zip(*spread(one, scored, together))  # in the order of the documents
     seconds = time.perf_counter() - begun
     sums, counts, length = sum(sums), sum(counts), len(scored[0][0])
     return {"tokens": int(counts.sum()), "nll": float(sums.sum()), "ppl": perplexity(sums, counts.sum()),

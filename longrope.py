@@ -1167,11 +1167,11 @@ def measured(journal, model, ropes, tasks, measure, together=1):
                 known[place(row)] = row
                 journal.write(row)
                 bar.update(tokens(row))
-            rows = [known[place(task)] | {"rope": name} for task in todo[name, length]]
+            rows = [known[place(task)] for task in todo[name, length]]
             for row in rows:
-                if place(row) in unknown and row not in journal.rows:  # an equal rope of another name
-                    journal.write(row)
-            yield name, length, rows
+                if place(row) in unknown and row["rope"] != name:  # an equal rope's, of this run
+                    journal.write(row | {"rope": name})
+            yield name, length, [row | {"rope": name} for row in rows]
 
 
 def share_sequences(model, processes, lengths):

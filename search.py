@@ -242,6 +242,11 @@ def formulas(problem, length, beyond=1.0):
         sets["yarn"], attention_factor=yarn_factor(length / rope.original_max_position_embeddings))}
 
 
+def bound_of(args):
+    """The least lambda_i / s of slow pairs."""
+    return SLOW_LEAST * (args.fitness != "ppl" and not args.short) if args.slow_least is None else args.slow_least
+
+
 def first_candidates(args, problem, start=None, beyond=1.0):
     """(Space, {candidate: name}): the set of --start-from; YaRN, NTK and PI for `beyond` times s, or more if the bound
     on slow pairs is; the rope's own sets. All are clipped to the bounds."""
@@ -254,7 +259,7 @@ def first_candidates(args, problem, start=None, beyond=1.0):
     if args.attention_factor == "search":
         low, high = 1.0, round(1.25 * fixed["su"], 2)
     slow = problem.window / (2 * math.pi) * inv_freq_of(base, rope.rope_theta) < 1  # no full turn within the window
-    bound = SLOW_LEAST * (args.fitness != "ppl" and not problem.short) if args.slow_least is None else args.slow_least
+    bound = bound_of(args)
     least = round(bound * s, 2)
     if args.slow_least and not (s > 1 and slow.any() and 1 < least <= largest):
         raise UserError(f"--slow-least {args.slow_least:g} bounds nothing, or above {largest:g}, the largest factor: "
@@ -359,7 +364,8 @@ class Evaluator:
     def save(self, rope, **more):
         if rank() == 0:
             write_json(self.args.out / "rope.json", rope_to_dict(rope) | {
-                "search": self.record | recorded(self.args) | {"evaluations": len(self.fitness)} | more})
+                "search": self.record | recorded(self.args) | {
+                    "bound": bound_of(self.args), "evaluations": len(self.fitness)} | more})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,6 +504,8 @@ def read_data(args, model, tokenizer):
     except UserError as e:
         warn(f"no pass keys: {e}")
         prompts = {}
+    for tokens, *_ in itertools.chain(*prompts.values()):
+        in_vocabulary(model, tokens)
     return names, documents, prompts
 
 
@@ -515,10 +523,10 @@ def main(argv=None):
     ropes = ropes_to_compare(args, problem)
     names, documents, prompts = read_data(args, model, tokenizer)
 
-    same = {*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "slow_least", "short", "screening",
+    same = {*SIZES, "samples", "len", "seed", "n_hat", "attention_factor", "short", "screening",
             "context_parallel", "fitness"} - {"iterations"}  # which may grow
     setup = describe(model, tokenizer) | {key: getattr(args, key) for key in sorted(same)} | {
-        "data_sha256": data_hash(documents), "base": rope_to_dict(problem.rope),
+        "bound": bound_of(args), "data_sha256": data_hash(documents), "base": rope_to_dict(problem.rope),
         "starts": sha256_of([asdict(c) for c in (*starts, *[start] * bool(start))])}
     record = {"model": str(args.model), "data": names[:args.searched], "data_sha256": setup["data_sha256"],
               "target_length": args.len, "seed": args.seed}

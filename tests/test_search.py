@@ -357,8 +357,9 @@ def test_lambda_goes_to_a_quarter_above_s_and_first_candidates_lie_within_all_bo
     if n_hat == attention == "search":
         assert (starts["start"].n_hat, starts["start"].attention_factor) == (256, round(1.25 * su, 2))
         assert starts["yarn"].n_hat == (0 if kind is first_stage else 8)  # the model's own
-    assert set(starts["none"].rescale_factors) == {1.0} and (
-        n_hat != "search" or starts["none"].n_hat == (8 if kind is second_stage else 0))
+    own = replace(rope.long, rescale_factors=(1.0,) * PAIRS) if kind is second_stage else plain(PAIRS)
+    assert starts["none"] == replace(own, n_hat=own.n_hat if n_hat == "search" else int(n_hat),
+                                     attention_factor=float(np.clip(own.attention_factor, *space.attention)))
 
 
 def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():
@@ -376,7 +377,7 @@ def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():
     longer = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, 4 * 1.19)  # its slow pairs are within the bound
     assert np.abs(np.subtract(starts["yarn"].rescale_factors, longer.rescale_factors)).max() <= 0.0051
     assert starts["ntk"].attention_factor == round(su_factor(4, WINDOW), 2)
-    assert set(begun(recovery(extended(4.0), 128), 128, "--fitness", "keys")[1].smallest) == {1.0}
+    assert set(begun(recovery(extended(4.0), 128), 128, "--fitness", "keys", "--short")[1].smallest) == {1.0}
 
 
 @pytest.mark.parametrize("problem, length, least", [
@@ -493,6 +494,8 @@ def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():
     for length, whole in ((2048, True), (131072, True), (131073, False)):
         assert filled_in("cuda", "--len", str(length)).whole_prompts == whole
         assert not filled_in("cpu", "--len", str(length)).whole_prompts
+    for given, bound in (("", 1.19), ("--fitness ppl", 0), ("--short", 0), ("--slow-least 0", 0)):
+        assert search.bound_of(filled_in("cpu", *given.split())) == bound
     assert (filled_in("cpu").fitness, filled_in("cpu", "--short").fitness) == (None, "keys")
 
 

@@ -256,7 +256,7 @@ def test_where_plain_rope_is_better_than_all_formulas_perplexity_is_searched_unl
     assert all(row["answer_nll"] > 0 for row in rows) if fitness == "keys" else not any(row["keys"] for row in rows)
     assert ("--fitness ppl" in capsys.readouterr().out) is ("--fitness" not in given)
     record = json.loads((tmp_path / "rope.json").read_text())["search"]
-    assert record["arguments"]["fitness"] == fitness
+    assert (record["arguments"]["fitness"], record["bound"]) == (fitness, bound)
     assert {row["item"] for row in rows_of(tmp_path, "rope") if type(row["item"]) is str} == (
         {"search", "last", "table"} if fitness == "keys" else {"table"})
 
@@ -398,7 +398,7 @@ def test_max_evals_and_iterations_may_grow_and_model_and_documents_move(undistur
 
 @pytest.mark.parametrize("changes", [
     "--len 192", "--seed 2", "--samples 1", "--population-size 6", "--num-mutations 4", "--num-crossovers 4",
-    "--num-parents 4", "--n-hat 4", "--attention-factor yarn", "--slow-least 1.1", "--screening 1",
+    "--num-parents 4", "--n-hat 4", "--attention-factor yarn", "--slow-least 1.1: bound", "--screening 1",
     "--dtype bfloat16", "--fitness keys",
     "--data other.txt: data_sha256", "--model trained: weights_sha256", "--init rope.json --len 512: base",
     "--init rope.json --len 200 --short: short", "--start-from rope.json: starts", ": kernel"])

@@ -3,8 +3,8 @@
     $ python finetune.py                                  # 20 steps of the bundled model at 8 times its window
     $ torchrun --nproc-per-node 8 finetune.py --model DIR --rope rope.json --len 131072 --data books/ --steps 400
 
-Under torchrun the model is sharded over all processes (FSDP2), on CPUs too. Ctrl-C or SIGTERM ends the run in a
-checkpoint; the same command goes on from it, on any number of processes. --out becomes a Hugging Face directory.
+Under torchrun the model is sharded over all processes (FSDP2), on CPUs too. --out becomes a Hugging Face directory,
+on Ctrl-C or SIGTERM, too, then with a checkpoint, from which the same command goes on, on any number of processes.
 The paper: LLaMA2 --steps 400 --batch-size 32, Mistral also --batch-size 64 --lr 1e-6 --schedule constant --len 16384.
 """
 import argparse
@@ -414,17 +414,16 @@ def main(argv=None):
     begun = time.perf_counter()
     with asked_to_stop() as asked:
         done = train(model, data, device, args, journal, asked)
-        if done < args.steps:
-            with suppress(OSError):
-                say(f"stopped at step {done}; the same command goes on")
-            barrier()
-            sys.exit(1)
         gathered = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = states.get_model_state_dict(model, options=gathered)
         if rank() == 0:
             save_weights(model, out, weights)
             plot_loss(journal.rows, out / "loss.png")
         barrier()
+        if done < args.steps:
+            with suppress(OSError):
+                say(f"stopped at step {done}, whose model is in {out}; the same command goes on")
+            sys.exit(1)
         seconds = round(time.perf_counter() - begun, 1)
         journal.write({"result": "model.safetensors", "segments": len(data), "seconds": seconds})
         remove_checkpoints(out)

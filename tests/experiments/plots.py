@@ -77,10 +77,10 @@ def searched_by_default():
 
 
 def of_progressive(what, name, rope):
-    found = values(ROOT / f"results/two-million/{what}-{name}.jsonl", rope)
-    if what == "ppl":  # many windows of 1024 tokens were measured apart; up to there no long set is used
-        apart = ROOT / f"results/two-million/ppl-1024-{name}.jsonl"
-        found |= values(apart, "none" if name == "as-trained" else "model")
+    path = ROOT / f"results/two-million/{what}-{name}.jsonl"
+    found = values(path, rope)
+    if what == "ppl":  # many windows of 1024 tokens were measured last; up to there no long set is used
+        found[1024] = values(path, "none" if name == "as-trained" else "model")[1024][-1:]
     return found
 
 

@@ -37,9 +37,9 @@ def tables(page, head):
         yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
 
 
-def qwen_cells(plots, rope, digits, model="", asked=30):
+def qwen_cells(plots, rope, digits, model="", asked=30, folder="qwen2.5-coder"):
     """{length: cell}: perplexity, and keys where there are any, of Qwen2.5-Coder under a rope."""
-    ppl, hits = (plots.values(ROOT / f"results/qwen2.5-coder/{what}{model}.jsonl", rope)
+    ppl, hits = (plots.values(ROOT / f"results/{folder}/{what}{model}.jsonl", rope)
                  for what in ("ppl", "passkey"))
     keys = {n: f" ({sum(found)}" + f" of {len(found)}" * (len(found) != asked) + ")" for n, found in hits.items()}
     return {n: f"{x:.{digits}f}{keys.get(n, '')}" for n, (x,) in ppl.items()}
@@ -126,6 +126,19 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
             tokens[name, row["length"]] += row["tokens"]
     shown = {(name, length): cell for name, cells in theirs.items() for length, cell in cells.items()}
     assert shown == {at: f"{math.exp(total / tokens[at]):.3f}" for at, total in nll.items()}
+
+
+def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):
+    here = ROOT / "results/two-million"
+    trained, = tables(here / "README.md", r"\| rope \|")
+    assert trained == {name: qwen_cells(plots, rope, 3, "-0.5b", 10, "two-million") for name, rope in (
+        ("trained with", "model"), ("YaRN for the length", "yarn"), ("plain RoPE", "none"))}
+    log = [json.loads(line) for line in (here / "log-0.5b.jsonl").read_text().splitlines()]
+    losses = {n: [row["loss"] for row in log if row.get("len") == n] for n in (262144, 32768)}
+    first, last = ([f"{sum(some[part]) / 22:.2f}" for some in losses.values()] for part in (slice(22), slice(-22, None)))
+    assert [len(some) for some in losses.values()] == [66, 66]
+    assert (f"from {first[0]} (the first 22) to {last[0]} (the last 22), of pieces of 32,768 tokens from {first[1]} to "
+            f"{last[1]}") in PAGES[here / "README.md"]
 
 
 @pytest.mark.parametrize("path", [path for path in sorted(ROOT.glob("tests/experiments/*.py"))

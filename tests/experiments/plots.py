@@ -1,5 +1,5 @@
-"""The idea of the method, one sequence over several processes, and perplexity and pass keys over the length: of the
-progressive run, of SmolLM2 and of Qwen2.5-Coder.
+"""The idea of the method, its stages, one sequence over several processes; perplexity and pass keys over the length: of
+the progressive run, of SmolLM2 and of Qwen2.5-Coder.
 
     $ python tests/experiments/plots.py   # assets/{headline,idea,context_parallel,...}.png
 """
@@ -129,6 +129,39 @@ def idea(path):
     fig.savefig(path, dpi=110)
 
 
+def pipeline(path):
+    """The paper's stages with the bundled model: what each makes, and the tokens that it took."""
+    def searched(name):
+        found = json.loads((ROOT / f"results/two-million/{name}.rope.json").read_text())["search"]
+        return f"{found['evaluations']} candidates\n{in_tokens(found['document_evaluations'] * found['target_length'])}"
+
+    def in_tokens(count):
+        return f"{count / 1e6:.0f} million tokens"
+    steps, batch = 600, 4  # of the command on the page
+    stages = (
+        ("search.py", "--len 65536", "1 search", searched("search-64x"), "rope.json\nlong set, 64 times"),
+        ("finetune.py", "--len 65536", "2 train", f"{steps} steps\n{in_tokens(steps * batch * 65536)}\n"
+         "(after a round at 32768)", "model\nwindow 65536"),
+        ("search.py", "--init --len 524288", "3 search again", searched("search-512x"),
+         "rope.json\nlong set, 512 times"),
+        ("search.py", "--init --short", "4 recover", searched("recovered"), "rope.json\nlong set, short set"),
+        ("search.py", "--export", "5 use", "a copy\nof the weights", "model\ntransformers, vLLM"))
+    fig, ax = plt.subplots(figsize=(12, 2.6), layout="constrained")
+    ax.set(xlim=(0, 4 * len(stages) + 2), ylim=(0.2, 4))
+    ax.axis("off")
+    for at, made in enumerate(("model\nwindow 1024", *(stage[-1] for stage in stages))):
+        x, (word, detail) = 4 * at + 1, made.split("\n")
+        ax.text(x, 2.1, f"{word}\n{detail.replace(', ', chr(10))}", ha="center", va="center", size=10.5,
+                bbox={"boxstyle": "round", "facecolor": "#DCEAF4" if "json" in word else "#F8E8C8", "lw": 0})
+    for at, (script, options, name, cost, _) in enumerate(stages):
+        x = 4 * at + 3
+        ax.annotate("", (x + 0.75, 2.1), (x - 0.75, 2.1), arrowprops={"arrowstyle": "-|>", "lw": 1.5, "color": "black"})
+        ax.text(x, 3.9, name, ha="center", va="top", size=12, weight="bold")
+        ax.text(x, 3.35, f"{script}\n{options}", ha="center", va="top", size=10)
+        ax.text(x, 1.1, cost, ha="center", va="top", size=10, color="#555555")
+    fig.savefig(path, dpi=110)
+
+
 def context_parallel(path, processes=4):
     """Which of the 2N chunks of a sequence are whose (`Context` in longrope.py), and the keys that each needs."""
     colors, chunks = ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), 2 * processes
@@ -195,6 +228,7 @@ def of_qwen(what, name, rope):
 def main(assets):
     qwen(assets / "qwen_ppl.png")
     idea(assets / "idea.png")
+    pipeline(assets / "pipeline.png")
     context_parallel(assets / "context_parallel.png")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
     ticks = {1024: "1024", 8192: "8192", 32768: "32768", 65536: "", 524288: "524288"}

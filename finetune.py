@@ -88,8 +88,8 @@ def reading_order(count, epoch, batch_size, seed, lengths):
 
 def batch_of(data, step, batch_size, seed, mix=()):
     """The tokens (B, T) of a step: segments of `data` (N, T) or, as many, pieces of a length of `mix`, BOS and EOS in
-    place of each one's first and last. Pieces that the short set serves are trained under it, lest the window is
-    forgotten (LongRoPE2's mixed context window training, arXiv 2502.20082)."""
+    place of each one's first and last. Pieces that the short set serves are trained under it (`Rope.at`), lest the
+    window is forgotten (LongRoPE2's mixed context window training, arXiv 2502.20082)."""
     lengths = (data.shape[1], *mix)
     length = step_length(step, seed, lengths)
     places = (divmod(at, len(data)) for at in range(step * batch_size, (step + 1) * batch_size))

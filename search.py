@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from eval_passkey import ask_in_pieces, prompts_in_pieces
 from longrope import (COLORS, FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash,
-                      describe, forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, panels_of,
-                      perplexity, rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config,
-                      say, sha256_of, share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole,
-                      window_nll, windows, world_size, write_json, yarn_factor)
+                      describe, forward_flops, in_vocabulary, inv_freq_of, load_rope, load_tokenizer, natural,
+                      panels_of, perplexity, rank, read_documents, recorded, resolve_rope, rope_to_dict, run,
+                      save_config, say, sha256_of, share_sequences, spread_in_rounds, su_factor, warm_up, warn,
+                      weight_files, whole, window_nll, windows, world_size, write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
@@ -427,8 +427,8 @@ def parser():
     add = p.add_argument
     add("--len", type=partial(whole, least=2), help="target length (default: 8 windows of the model, with --short one)")
     add("--samples", type=natural, default=1, metavar="N",
-        help="documents a candidate is evaluated on, in turn those of the search; of 10 or 2 N documents half are to "
-        "compare on (default: 1; the paper: all 5)")
+        help="documents a candidate is evaluated on, in turn those of the search; of 10 documents, on a CPU 4, or 2 N "
+        "half are to compare on (default: 1; the paper: all 5)")
     for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
@@ -444,7 +444,8 @@ def parser():
         "in the paper, with --fitness ppl or --short)")
     add("--start-from", dest="start", type=Path, metavar="ROPE",
         help="rope.json, say of another length, whose factors, put within the bounds, are a first candidate, too")
-    add("--init", type=Path, metavar="ROPE", help="rope.json of a fine-tuned model: search a second stage on top of it")
+    add("--init", type=Path, metavar="ROPE",
+        help="rope.json of a fine-tuned model: search a second stage on top of it; with --short of any model")
     add("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     add("--screening", type=natural, default=64, metavar="N",
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
@@ -473,6 +474,12 @@ def fill_in(args, model):
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
 
 
+def exported_before(args):
+    """Is what --export has, whole or in part, of the rope in --out?"""
+    ours, theirs = (path / "rope.json" for path in (args.out, args.export))
+    return ours.is_file() and theirs.is_file() and load_rope(ours) == load_rope(theirs)
+
+
 def problem_of(args, model):
     """The Problem that the arguments ask for."""
     rope = resolve_rope(args.init or "config", model)
@@ -484,7 +491,7 @@ def problem_of(args, model):
     if args.export and (args.n_hat or rope.long.n_hat or rope.short and rope.short.n_hat):
         raise UserError("--export: config.json cannot say n_hat above 0")
     if args.export and (args.export.resolve() == args.out.resolve() or args.export.is_file() or
-                        list(args.export.glob("*"))):
+                        [*args.export.glob("*")] and not exported_before(args)):
         raise UserError(f"--export {args.export}: give a new directory, not --out")
     return problem
 

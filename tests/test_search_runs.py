@@ -180,6 +180,12 @@ def test_what_is_exported_computes_the_same_in_transformers(undisturbed, tiny, b
     hf, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval(), random_tokens(LENGTH)
     model = load_model(tiny, undisturbed.out / "rope.json", device="cpu")
     torch.testing.assert_close(hf_logits(hf, tokens), model(tokens), atol=1e-4, rtol=0)
+    (tmp_path / "hf" / "model.safetensors").unlink()  # as if it had been stopped there
+    search.main(again)
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    write_json(tmp_path / "hf" / "rope.json", rope_to_dict(make_rope(random_factors(0, 4, pairs=16), 4.0)))
+    assert "give a new directory" in complaint(search.main, capsys, *again)
+    (tmp_path / "hf" / "rope.json").unlink()
     assert "give a new directory" in complaint(search.main, capsys, *again)
     (tmp_path / "out" / "history.jsonl").unlink()  # a rope.json of something else stays
     said = complaint(search.main, capsys, *command(tiny, books, tmp_path / "out"))

@@ -137,6 +137,12 @@ def pipeline(path):
 
     def in_tokens(count):
         return f"{count / 1e6:.0f} million tokens"
+
+    def measured():
+        rows = (ROOT / f"results/two-million/{what}-64x.jsonl" for what in ("ppl", "passkey"))
+        rows = [json.loads(line) for path in rows for line in path.read_text().splitlines()]
+        keys = sum("hit" in row for row in rows)
+        return f"{keys} keys\n{in_tokens(sum(row.get('tokens', row.get('length', 0)) for row in rows))}"
     steps, batch = 600, 4  # of the command on the page
     stages = (
         ("search.py", "--len 65536", "1 search", searched("search-64x"), "rope.json\nlong set, 64 times"),
@@ -145,14 +151,14 @@ def pipeline(path):
         ("search.py", "--init --len 524288", "3 search again", searched("search-512x"),
          "rope.json\nlong set, 512 times"),
         ("search.py", "--init --short", "4 recover", searched("recovered"), "rope.json\nlong set, short set"),
-        ("search.py", "--export", "5 use", "a copy\nof the weights", "model\ntransformers, vLLM"))
+        ("eval_ppl.py", "eval_passkey.py", "5 measure", measured(), "ppl.jsonl\npasskey.jsonl"))
     fig, ax = plt.subplots(figsize=(12, 2.6), layout="constrained")
     ax.set(xlim=(0, 4 * len(stages) + 2), ylim=(0.2, 4))
     ax.axis("off")
     for at, made in enumerate(("model\nwindow 1024", *(stage[-1] for stage in stages))):
         x, (word, detail) = 4 * at + 1, made.split("\n")
         ax.text(x, 2.1, f"{word}\n{detail.replace(', ', chr(10))}", ha="center", va="center", size=10.5,
-                bbox={"boxstyle": "round", "facecolor": "#DCEAF4" if "json" in word else "#F8E8C8", "lw": 0})
+                bbox={"boxstyle": "round", "facecolor": "#DCEAF4" if "json" in made else "#F8E8C8", "lw": 0})
     for at, (script, options, name, cost, _) in enumerate(stages):
         x = 4 * at + 3
         ax.annotate("", (x + 0.75, 2.1), (x - 0.75, 2.1), arrowprops={"arrowstyle": "-|>", "lw": 1.5, "color": "black"})

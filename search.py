@@ -358,7 +358,7 @@ class Evaluator:
                        for some in (nlls[:self.args.searched], nlls[self.args.searched:]))
             rows.append({"rope": name, "attention_factor": rope.at(self.args.len).attention_factor, "search": on,
                          "unseen": off, "keys": asked,
-                         "fitness": with_key(math.log(on), answer if self.args.fitness == "keys" else 0.0)})
+                         "fitness": with_key(math.log(on), answer if self.args.fitness != "ppl" else 0.0)})
         return rows
 
     def save(self, rope, **more):
@@ -451,7 +451,7 @@ def parser():
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
     add("--fitness", choices=["keys", "ppl"],
         help=f"keys = NLL a token + {KEY_WEIGHT} log(1 + NLL of a pass key), ppl = the first alone, as in the paper "
-        "(default: keys, but ppl where plain RoPE beats the formulas)")
+        "(default: keys, but ppl where by keys plain RoPE beats the formulas)")
     add("--max-evals", type=natural, metavar="N", help="stop after so many candidates")
     add("--out", type=Path, help="directory of the result (default: out/search-LEN, or -LEN-short)")
     add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result and a copy of "
@@ -542,7 +542,7 @@ def main(argv=None):
     say_cost(args, model, documents[0], prompts.get("search", []), max(0, args.max_evals - evaluate.there),
              (args.last + 1) * args.searched + (len(ropes) + 1) * (len(documents) + KEYS * args.whole_prompts))
     if not args.fitness:
-        none, *others = (row["search"] for row in evaluate.compare(ropes, "first", args.searched))
+        none, *others = (row["fitness"] for row in evaluate.compare(ropes, "search", args.searched))
         args.fitness = "ppl" if none < min(others) else "keys"
         if args.fitness == "ppl":  # as with a theta of a million: slow pairs do no harm, pieces of prompts mislead
             say("plain RoPE is better than PI, NTK and YaRN: --fitness ppl")

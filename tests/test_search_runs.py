@@ -240,7 +240,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     assert [process.join(100) or process.exitcode for process in both] == [0, 0]
     assert result(tmp_path / "both") == result(alone)
     items = [type(row["item"]) for row in rows_of(tmp_path / "both", "rope")]  # alike ones in a round
-    assert items[:19] == [int] * (8 + 6) + [str] * 5  # plain RoPE and the formulas, the first five candidates
+    assert items[:23] == [int] * 8 + [str] * 4 + [int] * 6 + [str] * 5  # plain RoPE and the formulas, five candidates
 
 
 @pytest.mark.parametrize("given, fitness, bound, s", [
@@ -251,7 +251,7 @@ def test_where_plain_rope_is_better_than_all_formulas_perplexity_is_searched_unl
     """As in Qwen2.5, whose theta is a million: plain RoPE itself is a candidate then, and formulas for less than s."""
     measure, none = search.measure, make_rope([1.0] * PAIRS, 1.0, attention_factor=1.0).long
     monkeypatch.setattr(search, "measure", lambda model, rope, item: measure(model, rope, item) if isinstance(
-        item, list) else 1.0 + (rope.long.rescale_factors != none.rescale_factors))
+        item, list) else 100.0 * (1 + (rope.long.rescale_factors != none.rescale_factors)))
     search.main([*default_fitness(command(tiny, books, tmp_path, "--attention-factor", "none", "--len", 8 * WINDOW)),
                  *given.split()])
     rows = rows_of(tmp_path)
@@ -264,7 +264,17 @@ def test_where_plain_rope_is_better_than_all_formulas_perplexity_is_searched_unl
     record = json.loads((tmp_path / "rope.json").read_text())["search"]
     assert (record["arguments"]["fitness"], record["bound"]) == (fitness, bound)
     assert {row["item"] for row in rows_of(tmp_path, "rope") if type(row["item"]) is str} == (
-        {"search", "last", "table"} if fitness == "keys" else {"table"})
+        {"table"} | ({"search", "last"} if fitness == "keys" else set() if "--fitness" in given else {"search"}))
+
+
+def test_plain_rope_that_is_better_but_for_its_keys_is_not_enough_for_perplexity(tiny, books, tmp_path, monkeypatch):
+    """As in the 0.5B of Qwen2.5-Coder at 4 times its window."""
+    def measure(model, rope, item):
+        plain = set(rope.long.rescale_factors) == {1.0}
+        return ((30.0, 0) if plain else (0.1, 5)) if isinstance(item, list) else 102.0 - 2 * plain
+    monkeypatch.setattr(search, "measure", measure)
+    search.main([*default_fitness(command(tiny, books, tmp_path)), "--max-evals", "1"])
+    assert json.loads((tmp_path / "rope.json").read_text())["search"]["arguments"]["fitness"] == "keys"
 
 
 def test_a_formula_better_than_plain_rope_is_enough_for_keys(tiny, books, tmp_path, monkeypatch):

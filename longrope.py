@@ -965,8 +965,8 @@ def save_config(model, path, dtype=None):
     if (part := said_of_rope(model.config.hf)["partial_rotary_factor"]) != 1:
         config["partial_rotary_factor"] = parameters["partial_rotary_factor"] = part
     config |= {"rope_theta": rope.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
-    write_json(path / "rope.json", d)
     write_json(path / "config.json", config)
+    write_json(path / "rope.json", d)
     for file in chain.from_iterable(map(model.path.glob, BESIDE)) if model.path not in (None, path) else ():
         if file.resolve().parent in (model.path.resolve(), model.path.resolve().parent.parent / "blobs"):
             copy_file(file, path)

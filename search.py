@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from eval_passkey import ask_in_pieces, prompts_in_pieces
 from longrope import (COLORS, FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash,
-                      describe, forward_flops, in_vocabulary, inv_freq_of, load_rope, load_tokenizer, natural,
-                      panels_of, perplexity, rank, read_documents, recorded, resolve_rope, rope_to_dict, run,
-                      save_config, say, sha256_of, share_sequences, spread_in_rounds, su_factor, warm_up, warn,
-                      weight_files, whole, window_nll, windows, world_size, write_json, yarn_factor)
+                      describe, forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, panels_of,
+                      perplexity, rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config, say,
+                      sha256_of, share_sequences, spread_in_rounds, su_factor, warm_up, warn, weight_files, whole,
+                      window_nll, windows, world_size, write_json, yarn_factor)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
@@ -230,6 +230,8 @@ def measure(model, rope, item):
 
 # =====================================================================================================================
 # Here the lesson ends. What follows is plumbing: bounds and first candidates, the journal, tables, plots, arguments.
+
+UNFINISHED = "export.part"  # in --export until it is whole, so that the same command may go on there
 
 
 def formulas(problem, length, beyond=1.0):
@@ -474,12 +476,6 @@ def fill_in(args, model):
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
 
 
-def exported_before(args):
-    """Is what --export has, whole or in part, of the rope in --out?"""
-    ours, theirs = (path / "rope.json" for path in (args.out, args.export))
-    return ours.is_file() and theirs.is_file() and load_rope(ours) == load_rope(theirs)
-
-
 def problem_of(args, model):
     """The Problem that the arguments ask for."""
     rope = resolve_rope(args.init or "config", model)
@@ -491,7 +487,7 @@ def problem_of(args, model):
     if args.export and (args.n_hat or rope.long.n_hat or rope.short and rope.short.n_hat):
         raise UserError("--export: config.json cannot say n_hat above 0")
     if args.export and (args.export.resolve() == args.out.resolve() or args.export.is_file() or
-                        [*args.export.glob("*")] and not exported_before(args)):
+                        list(args.export.glob("*")) and not (args.export / UNFINISHED).exists()):
         raise UserError(f"--export {args.export}: give a new directory, not --out")
     return problem
 
@@ -568,9 +564,12 @@ def main(argv=None):
     if rank() == 0:
         plot(ropes, args.len, journal.rows, args.out / "search.png")
         if args.export:
+            args.export.mkdir(parents=True, exist_ok=True)
+            (args.export / UNFINISHED).touch()
             save_config(model, args.export)
             for file in weight_files(model.path):  # the search changes none
                 copy_file(file, args.export)
+            (args.export / UNFINISHED).unlink()
     say(f"\nwrote {args.out / 'rope.json'} ({kept}), history.jsonl and search.png")
 
 

@@ -172,7 +172,8 @@ def test_with_everything_searched_all_stays_within_bounds_and_the_best_is_writte
     assert "each on 6 documents of" in (printed := capsys.readouterr().out) and " 0 unseen" in printed
 
 
-def test_what_is_exported_computes_the_same_in_transformers(undisturbed, tiny, books, tmp_path, measured, capsys):
+def test_what_is_exported_computes_the_same_in_transformers(
+        undisturbed, tiny, books, tmp_path, measured, monkeypatch, capsys):
     shutil.copytree(undisturbed.out, tmp_path / "out")
     again = command(tiny, books, tmp_path / "out", "--export", tmp_path / "hf")
     search.main(again)  # the search is over: nothing is measured
@@ -180,13 +181,17 @@ def test_what_is_exported_computes_the_same_in_transformers(undisturbed, tiny, b
     hf, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval(), random_tokens(LENGTH)
     model = load_model(tiny, undisturbed.out / "rope.json", device="cpu")
     torch.testing.assert_close(hf_logits(hf, tokens), model(tokens), atol=1e-4, rtol=0)
-    (tmp_path / "hf" / "model.safetensors").unlink()  # as if it had been stopped there
-    search.main(again)
-    assert (tmp_path / "hf" / "model.safetensors").exists()
-    write_json(tmp_path / "hf" / "rope.json", rope_to_dict(make_rope(random_factors(0, 4, pairs=16), 4.0)))
-    assert "give a new directory" in complaint(search.main, capsys, *again)
-    (tmp_path / "hf" / "rope.json").unlink()
-    assert "give a new directory" in complaint(search.main, capsys, *again)
+    assert "give a new directory" in complaint(search.main, capsys, *again)  # it could be a model trained since
+    other = [*again, "--export", str(tmp_path / "other")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(search, "copy_file", lambda file, path: signal.raise_signal(signal.SIGINT))
+        search.main(other)
+    gc.collect()  # the traceback, and with it the lock of the history
+    assert not (tmp_path / "other" / "model.safetensors").exists()
+    search.main(other)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert "give a new directory" in complaint(search.main, capsys, *other)
     (tmp_path / "out" / "history.jsonl").unlink()  # a rope.json of something else stays
     said = complaint(search.main, capsys, *command(tiny, books, tmp_path / "out"))
     assert "has rope.json of something else; give another --out" in said and (tmp_path / "out" / "rope.json").exists()

@@ -173,8 +173,6 @@ def main(argv=None):
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
     first = make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])[0]  # too short a --len shows now
     in_vocabulary(model, torch.tensor(first))
-    if args.generate and model.context:
-        raise UserError("--generate goes without --context-parallel")
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
     journal = Journal(out / "passkey.jsonl", describe(model, tokenizer) | {
         "scoring": scoring, "depths": args.depths, "seed": args.seed}, recorded(args))

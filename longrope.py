@@ -190,9 +190,12 @@ class Cache:
         self.filled, shape = 0, (1, length, config.num_key_value_heads, config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # (1, T, K, D)
 
-    def attend(self, q, k, v):  # the next tokens' queries over the keys of all so far
+    def keep(self, k, v):
         start, self.filled = self.filled, self.filled + k.shape[1]
         self.k[:, start:self.filled], self.v[:, start:self.filled] = k, v
+
+    def attend(self, q, k, v):  # the next tokens' queries over the keys of all so far
+        self.keep(k, v)
         return attention(q, self.k[:, :self.filled], self.v[:, :self.filled])
 
 
@@ -208,7 +211,7 @@ class Context:
         chunks = x.chunk(2 * self.size, dim)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v, cache=None):
         kv = torch.stack((k, v))  # (2, B, 2n, K, D), n tokens in a chunk
         if torch.is_grad_enabled():
             kv = gather_with_gradient(kv, 0, self.group)  # (2N, B, 2n, K, D): keys, values of process 0, 1, ...
@@ -219,6 +222,8 @@ class Context:
             kv.register_hook(torch.Tensor.contiguous)
         front, back = kv.unflatten(0, (self.size, 2)).chunk(2, dim=3)  # chunks 0 .. N-1 and 2N-1 .. N
         k, v = torch.cat((front, back.flip(0))).movedim(0, 2).flatten(2, 3)  # (2, B, T, K, D)
+        if cache:
+            cache.keep(k, v)
         n = q.shape[1] // 2
         ends = (self.rank + 1) * n, (2 * self.size - self.rank) * n
         return torch.cat([attention(part, k[:, :end], v[:, :end]) for part, end in zip(q.split(n, dim=1), ends)], 1)
@@ -360,7 +365,7 @@ class Llama(nn.Module):
         cos, sin = table or self.rope.table(tokens.shape[1], tokens.device)  # once, passed down to every layer
         if context := self.context:
             tokens, cos, sin = context.mine(tokens, 1), context.mine(cos, 0), context.mine(sin, 0)
-            attends = repeat(context.attend)
+            attends = attends or repeat(context.attend)
         groups = head_groups(self.config, tokens.numel(), context.size if context else 1)
         x = self.model.embed_tokens(tokens)
         for block, attend in zip(self.model.layers, attends or repeat(attention)):
@@ -375,13 +380,19 @@ class Llama(nn.Module):
 @torch.inference_mode()
 def generate(model, tokens, count, total_length=None, stop=()):
     """Greedy decoding: at most `count` tokens after tokens (T,), ending before a token of `stop`. The set of factors is
-    that for `total_length` tokens, by default all there will be: keys in a cache cannot be turned anew."""
-    total, new = len(tokens) + count, []
-    if model.context or len(head_groups(model.config, len(tokens))) > 1:
-        raise UserError("generating keeps all keys and heads in one process: give fewer tokens, no --context-parallel")
+    that for `total_length` tokens, by default all there will be: keys in a cache cannot be turned anew. The processes
+    of a context read the prompt together, but for its end; then each has all keys and goes on as if alone."""
+    total, new, context = len(tokens) + count, [], model.context
+    if len(head_groups(model.config, len(tokens))) > 1:
+        raise UserError("generating attends to all heads at once: give fewer tokens")
     tokens = in_vocabulary(model, tokens).to(model.unembedding.device)
     cos, sin = model.rope.table(total, tokens.device, total_length)
     caches = [Cache(total, model.config, model.unembedding) for _ in model.model.layers]
+    if context and (together := (len(tokens) - 1) // (2 * context.size) * 2 * context.size):
+        attends = [functools.partial(context.attend, cache=cache) for cache in caches]
+        model.hidden(tokens[None, :together], (cos[:together], sin[:together]), attends)
+        tokens = tokens[together:]
+    model.context = None
     while len(new) < count:
         now = slice(caches[0].filled, caches[0].filled + len(tokens))  # the whole prompt, then one token at a time
         last = model.hidden(tokens[None], (cos[now], sin[now]), [cache.attend for cache in caches])[0, -1]
@@ -389,6 +400,7 @@ def generate(model, tokens, count, total_length=None, stop=()):
         if tokens.item() in stop:
             break
         new.append(tokens.item())
+    model.context = context
     return new
 
 

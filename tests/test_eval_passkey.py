@@ -197,7 +197,8 @@ def test_a_stopped_run_has_its_trials_on_disk_and_goes_on_with_more_ropes_length
     assert (half / "passkey.jsonl").read_text().startswith(asked[5])
 
 
-@pytest.mark.parametrize("how", [["--generate"], ["--context-parallel", 2]], ids=str)
+@pytest.mark.parametrize("how", [["--generate"], ["--context-parallel", 2], ["--context-parallel", 2, "--generate"]],
+                         ids=str)
 def test_two_processes_write_what_one_writes(tmp_path, how):
     command = ["--rope", "none", "pi:8", "--len", 256, 512, "--depths", 3]  # of the bundled model
     spawn(2, run_script, "eval_passkey", *command, *how, "--out", tmp_path / "two")
@@ -207,8 +208,7 @@ def test_two_processes_write_what_one_writes(tmp_path, how):
 
 @pytest.mark.parametrize("arguments, says", [
     ("--rope yran", "yran"), ("--len 400 50", "a pass-key prompt takes at least"), ("--model gone", "gone"),
-    ("--context-parallel 2 --len 402", "402 tokens"), ("--context-parallel 3", "2 processes"),
-    ("--context-parallel 2 --generate", "--generate")])
+    ("--context-parallel 2 --len 402", "402 tokens"), ("--context-parallel 3", "2 processes")])
 def test_a_mistake_is_one_line_before_anything_is_asked(tmp_path, tiny, capsys, monkeypatch, arguments, says):
     monkeypatch.setattr(eval_passkey, "ask", None)  # asking would be an error
     monkeypatch.setattr(longrope, "world_size", lambda: 2 if "parallel" in arguments else 1)

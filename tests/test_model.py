@@ -220,15 +220,12 @@ def test_groups_of_heads_count_the_queries_that_share_a_key_head_or_the_keys_of_
             head_groups(llama, tokens, processes)
 
 
-def test_generating_over_several_groups_or_processes_is_refused(tiny_model, monkeypatch):
+def test_generating_over_several_groups_is_refused(tiny_model, monkeypatch):
     assert len(generate(tiny_model, random_tokens(20)[0], 3)) == 3
     monkeypatch.setattr(longrope, "AT_ONCE", 20 * HEAD_DIM * 2 * 2)
     assert len(generate(tiny_model, random_tokens(19)[0], 3)) == 3
     with pytest.raises(UserError, match="generating"):
         generate(tiny_model, random_tokens(20)[0], 3)
-    tiny_model.context = object()
-    with pytest.raises(UserError, match="--context-parallel"):
-        generate(tiny_model, random_tokens(5)[0], 3)
 
 
 @pytest.fixture

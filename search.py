@@ -352,7 +352,7 @@ class Evaluator:
     def compare(self, ropes, which, documents):
         """A row for each rope: perplexity on the search's documents and on others, and what it finds of the keys."""
         rows, found = [], self.found([(rope, [*range(documents), which]) for rope in ropes.values()])
-        bar = tqdm(found, which, len(ropes), leave=False, disable=rank() > 0)
+        bar = tqdm(found, "compare", len(ropes), unit="rope", leave=False, disable=rank() > 0)
         for (name, rope), nlls in zip(ropes.items(), bar):
             answer, asked = nlls.pop(which, (0.0, None))
             nlls = [*nlls.values()]

@@ -96,7 +96,7 @@ def piece_size(length):
 def pieces(length, middle):
     """The places (n,) of a prompt's tokens (T,) that are kept, in PIECES runs: that around the key line, whose middle
     is given, and others evenly from the start to the question. At their true positions they tell ropes apart much as
-    whole prompts do."""
+    whole prompts do, but do not show that a set is for longer sequences (results/two-million)."""
     size = min(piece_size(length), length)
     starts = [*np.linspace(0, length - size, PIECES - 1).round().astype(int), middle - size // 2]
     return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))

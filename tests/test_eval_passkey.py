@@ -1,6 +1,7 @@
 """The prompt, greedy decoding with a cache, and the two ways of scoring against each other."""
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,3 +224,14 @@ def test_a_tokenizer_that_joins_the_question_with_the_key_is_refused():
     joining.train_from_iterator([QUESTION + " 1"] * 9, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     with pytest.raises(longrope.UserError, match="joins the question's end with the key"):
         make_prompt(joining, 2000, 0, "12345")
+
+
+@pytest.mark.parametrize("middle", [100, 1_000_000, 2_097_000])
+def test_kept_places_stand_for_all_places_before(monkeypatch, middle):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "experiments")
+    from second_stage import bias_of
+    kept = eval_passkey.pieces(2**21, middle)
+    bias = bias_of(kept, middle, 2**21)
+    assert torch.allclose(bias.double().exp().sum(1), torch.from_numpy(kept + 1).double(), rtol=1e-5)
+    near = abs(kept - middle) < 30
+    assert (bias[-1, near] == 0).all() and (bias[-1] > 5).any() and near.sum() > 50

@@ -37,6 +37,12 @@ def tables(page, head):
         yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
 
 
+def cells_of(page):
+    """The rows of a page's tables."""
+    return [[cell.replace("*", "").strip() for cell in line.strip("|").split("|")]
+            for line in page.splitlines() if line.startswith("|")]
+
+
 def qwen_cells(plots, rope, digits, model="", asked=30, folder="qwen2.5-coder"):
     """{length: cell}: perplexity, and keys where there are any, of Qwen2.5-Coder under a rope."""
     ppl, hits = (plots.values(ROOT / f"results/{folder}/{what}{model}.jsonl", rope)
@@ -139,6 +145,22 @@ def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):
     assert [len(some) for some in losses.values()] == [66, 66]
     assert (f"from {first[0]} (the first 22) to {last[0]} (the last 22), of pieces of 32,768 tokens from {first[1]} to "
             f"{last[1]}") in PAGES[here / "README.md"]
+
+
+def test_the_numbers_of_the_second_stage_are_those_in_its_file():
+    here = ROOT / "results/two-million"
+    found = json.loads((here / "second-stage.json").read_text())
+    table = {(name, a): cell for name, *cells in cells_of(PAGES[here / "README.md"]) for a, cell in zip(
+        (1.1, 1.2, 1.3), cells) if cell}
+    rows = [row for row in found["trained_in_whole_prompts"] if (row["length"], row["depth"]) == (524288, 0.4)
+            and row["attention_factor"] in (1.1, 1.2, 1.3)]
+    in_table = {(row["set"], row["attention_factor"]) for row in rows} & {*table}
+    assert len(in_table) == 16 and len({name for name, _ in in_table}) == 8
+    assert all(table[row["set"], row["attention_factor"]] == f"{row['key_nll']:.2f}" for row in rows
+               if (row["set"], row["attention_factor"]) in in_table)
+    untrained = [[f"{row['set'].removeprefix('slow pairs ')}, {row['attention_factor']}", str(row["length"]),
+                  *(f"{row[key]:.3f}" for key in ("whole", "pieces", "weighted"))] for row in found["untrained"]]
+    assert sum(row in cells_of(PAGES[here / "README.md"]) for row in untrained) == 8
 
 
 @pytest.mark.parametrize("path", [path for path in sorted(ROOT.glob("tests/experiments/*.py"))

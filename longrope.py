@@ -365,10 +365,10 @@ class Llama(nn.Module):
         cos, sin = table or self.rope.table(tokens.shape[1], tokens.device)  # once, passed down to every layer
         if context := self.context:
             tokens, cos, sin = context.mine(tokens, 1), context.mine(cos, 0), context.mine(sin, 0)
-            attends = attends or repeat(context.attend)
+        attends = attends or repeat(context.attend if context else attention)
         groups = head_groups(self.config, tokens.numel(), context.size if context else 1)
         x = self.model.embed_tokens(tokens)
-        for block, attend in zip(self.model.layers, attends or repeat(attention)):
+        for block, attend in zip(self.model.layers, attends):
             x = block(x, cos, sin, attend, groups)
         return self.model.norm(x)
 
@@ -383,18 +383,19 @@ def generate(model, tokens, count, total_length=None, stop=()):
     that for `total_length` tokens, by default all there will be: keys in a cache cannot be turned anew. The processes
     of a context read the prompt together, but for its end; then each has all keys and goes on as if alone."""
     total, new, context = len(tokens) + count, [], model.context
-    if len(head_groups(model.config, len(tokens))) > 1:
+    size = context.size if context else 1
+    if len(head_groups(model.config, -(-len(tokens) // size), size)) > 1:
         raise UserError("generating attends to all heads at once: give fewer tokens")
     tokens = in_vocabulary(model, tokens).to(model.unembedding.device)
     cos, sin = model.rope.table(total, tokens.device, total_length)
     caches = [Cache(total, model.config, model.unembedding) for _ in model.model.layers]
-    if context and (together := (len(tokens) - 1) // (2 * context.size) * 2 * context.size):
+    if context and (together := (len(tokens) - 1) // (2 * size) * 2 * size):
         attends = [functools.partial(context.attend, cache=cache) for cache in caches]
         model.hidden(tokens[None, :together], (cos[:together], sin[:together]), attends)
         tokens = tokens[together:]
     model.context = None
     while len(new) < count:
-        now = slice(caches[0].filled, caches[0].filled + len(tokens))  # the whole prompt, then one token at a time
+        now = slice(caches[0].filled, caches[0].filled + len(tokens))  # (the rest of) the prompt, then one by one
         last = model.hidden(tokens[None], (cos[now], sin[now]), [cache.attend for cache in caches])[0, -1]
         tokens = F.linear(last, model.unembedding).argmax().view(1)
         if tokens.item() in stop:

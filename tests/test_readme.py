@@ -29,18 +29,17 @@ def plots(monkeypatch):  # which reads the files of results/
     return import_module("plots")
 
 
-def tables(page, head):
-    """{name: {length: cell}} of each table of a page whose first row begins so; empty cells are left out."""
-    for table in re.findall(rf"^{head} \d+ .*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE):
-        (_, *lengths), _, *rows = ([cell.replace("*", "").strip() for cell in line.strip("|").split("|")]
-                                   for line in table.splitlines())
-        yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
-
-
 def cells_of(page):
     """The rows of a page's tables."""
     return [[cell.replace("*", "").strip() for cell in line.strip("|").split("|")]
             for line in page.splitlines() if line.startswith("|")]
+
+
+def tables(page, head):
+    """{name: {length: cell}} of each table of a page whose first row begins so; empty cells are left out."""
+    for table in re.findall(rf"^{head} \d+ .*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE):
+        (_, *lengths), _, *rows = cells_of(table)
+        yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
 
 
 def qwen_cells(plots, rope, digits, model="", asked=30, folder="qwen2.5-coder"):

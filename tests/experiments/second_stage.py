@@ -23,9 +23,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import eval_passkey  # noqa: E402
+from eval_ppl import anywhere  # noqa: E402
 from longrope import (Journal, Parser, UserError, begin, data_hash, describe, inv_freq_of, load_tokenizer,  # noqa: E402
-                      measured, over_window, rank, read_documents, recorded, resolve_rope, rope_to_dict, run, say,
-                      token_nll, whole, write_json)
+                      measured, over_window, rank, read_documents, recorded, resolve_rope, resolve_ropes,
+                      rope_to_dict, run, say, token_nll, whole, write_json)
 from search import formulas, second_stage, with_key  # noqa: E402
 
 KEY = "71938"
@@ -89,8 +90,7 @@ def read_data(args, model, tokenizer):
         [text[at:at + 100_000] for at in range(0, len(text), 100_000)], add_special_tokens=False) for i in e.ids])
     if len(tokens) < args.len:
         raise UserError(f"{len(tokens)} tokens in all documents, fewer than --len {args.len}: give more --data")
-    texts = [tokens[at:at + args.len] for at in np.linspace(0, len(tokens) - args.len, 8).round().astype(int)]
-    return prompts, texts, eval_passkey.pieces(args.len, args.len // 3)
+    return prompts, anywhere(tokens, args.len, 8, args.seed), eval_passkey.pieces(args.len, args.len // 3)
 
 
 def main(argv=None):
@@ -117,11 +117,10 @@ def main(argv=None):
                                                                       attention_factor=attention)
         for slow, middle, turns, attention in itertools.product(args.slow, args.middle, args.turns, args.attention)
         if middle > 1 or turns == args.turns[0]}
-    ropes = {name: problem.put(factors, args.len) for name, factors in sets.items()}
-    for name, rope in ropes.items() if rank() == 0 else ():
+    ropes = {(name, args.len): problem.put(factors, args.len) for name, factors in sets.items()}
+    for (name, _), rope in ropes.items() if rank() == 0 else ():
         write_json(args.out / f"{name}.json", rope_to_dict(rope))
-    ropes = {(name, args.len): rope for name, rope in (ropes | {path: resolve_rope(path, model)
-                                                                for path in args.rope}).items()}
+    ropes |= resolve_ropes(args.rope, [args.len], model) if args.rope else {}
     prompts, texts, some = read_data(args, model, tokenizer)
     run_of, _ = runs_of(some)
     end = int((run_of == run_of[-1]).sum()) - 1  # tokens of a text's last run, save its first

@@ -1,8 +1,10 @@
 """The prompt, greedy decoding with a cache, and the two ways of scoring against each other."""
 import gc
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,12 +228,19 @@ def test_a_tokenizer_that_joins_the_question_with_the_key_is_refused():
         make_prompt(joining, 2000, 0, "12345")
 
 
-@pytest.mark.parametrize("middle", [100, 1_000_000, 2_097_000])
-def test_kept_places_stand_for_all_places_before(monkeypatch, middle):
+def test_pieces_whose_filler_is_spread_say_what_the_whole_prompt_says(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent / "experiments")
-    from second_stage import bias_of
-    kept = eval_passkey.pieces(2**21, middle)
-    bias = bias_of(kept, middle, 2**21)
-    assert torch.allclose(bias.double().exp().sum(1), torch.from_numpy(kept + 1).double(), rtol=1e-5)
-    near = abs(kept - middle) < 30
-    assert (bias[-1, near] == 0).all() and (bias[-1] > 5).any() and near.sum() > 50
+    from second_stage import in_pieces, places, sources
+    model, tokenizer = load_model(device="cpu"), load_tokenizer(longrope.BUNDLED_MODEL)
+    off = []
+    for name, depth in itertools.product(("yarn", "ntk"), (0.1, 0.9)):
+        model.rope = longrope.resolve_rope(name, model, 4096)
+        tokens, count, middle = make_prompt(tokenizer, 4096, depth, "71938")
+        tokens, kept = torch.tensor(tokens), places(4096, middle, 9)
+        source = sources(tokens, kept)
+        assert (tokens[kept[source]] == tokens).all() and len(kept) < 4096 / 3
+        assert (source[kept] == np.arange(len(kept))).all()
+        whole = longrope.over_window(model, tokens, len(tokens) - count).sum().item()
+        off.append([abs(in_pieces(model, tokens, kept, count, some) / whole - 1) for some in (source, None)])
+    spread, alone = zip(*off)
+    assert max(spread) < 0.03 and max(alone) > 0.3

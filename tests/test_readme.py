@@ -161,9 +161,18 @@ def test_the_numbers_of_the_second_stage_are_those_in_its_file():
     bold = re.findall(r"\*\*(\d\.\d\d)\*\*", PAGES[here / "README.md"])
     assert sorted(table[at] for at in likely) == sorted(bold)
     untrained = [[row["set"].removeprefix("slow pairs ") + f", {row['attention_factor']}" * bool(
-        row["attention_factor"]), str(row["length"]), *(f"{row[key]:.3f}" for key in ("whole", "pieces", "weighted"))]
-        for row in found["untrained"]]
+        row["attention_factor"]), str(row["length"]), *(f"{row[key]:.3f}" if key in row else "" for key in (
+            "whole", "pieces", "spread_9_evenly", "spread_33_evenly", "spread"))] for row in found["untrained"]]
     assert sum(row in untrained for row in cells_of(PAGES[here / "README.md"])) == len(untrained) == 13
+    names = {"PI": "pi", "NTK": "ntk", "YaRN": "yarn", "the best ramp": "ramp-1-8-1000-1.3"}
+    weights = {"trained": "trained", "halfway": "averaged", "untrained": "untrained"}
+    best = {of: min(found[f"{of}_at_2097152"], key=lambda row: sum(row["key_nll"]))["set"] for of in weights.values()}
+    compared = {name: cells for name, *cells in cells_of(PAGES[here / "README.md"]) if name.split(",")[0] in weights}
+    assert len(compared) == 8 and best["untrained"] == "ramp-1-8-1000-1.3"
+    for name, cells in compared.items():
+        of, name = name.split(", ")
+        row, = (row for row in found[f"{weights[of]}_at_2097152"] if row["set"] == names.get(name, best[weights[of]]))
+        assert cells == [f"{row['attention_factor']:.2f}", *(f"{x:.3f}" for x in (row["text_nll"], *row["key_nll"]))]
 
 
 @pytest.mark.parametrize("path", [path for path in sorted(ROOT.glob("tests/experiments/*.py"))

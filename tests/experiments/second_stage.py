@@ -1,36 +1,36 @@
-"""A set for a second stage where a pass takes minutes, as at 2,097,152 tokens: by pieces first, then by whole prompts.
+"""A second stage where a pass takes minutes, as at 2,097,152 tokens: search.py's search by pieces of texts and prompts.
 
     $ torchrun --nproc-per-node 4 tests/experiments/second_stage.py --model FINETUNED --len 2097152 --data books/search
 
-On top of the fine-tuned factors, s = --len over the length they are for: PI, NTK, YaRN; and, by a pair's turns within
-that length, lambda = R s below one turn (at least M), M at one, 1 at T or more, in log-log a line between, for each R,
-M, T and attention factor. Of each, in pieces of prompts and texts at true positions (eval_passkey.py): NLL of a key at
-each of --depths, and of the end of 8 stretches of text. In a whole prompt the filler outnumbers the key, in pieces
-hardly: so here a piece's filler stands for what was left out around it, too; the log of how many tokens each is worth
-is added to its logits in every layer. Then the --whole sets of the lowest fitness, search.py's, are asked in whole
-prompts. In --out: sets.jsonl, a line for each measurement (the same command goes on), and each set as NAME.json.
+On top of the fine-tuned factors, s = --len over the length they are for, the search begins with PI, NTK, YaRN and
+ramps: by a pair's turns within that length lambda = R s below one turn (at least M), M at one, 1 at T or more, in
+log-log a line between, for each R, M, T and attention factor. Fitness is as in search.py, of pieces at true positions:
+NLL of the end of 8 stretches of text, and of a key at each of --depths. In a whole prompt, though, filler outnumbers
+the key, in pieces hardly. Since filler repeats itself, the keys and values of what is left out are here those of the
+nearest piece, whole periods away, turned to their own places: pieces attend to as many tokens as in the whole prompt,
+at a percent of its cost. The --whole sets of the lowest fitness are asked in whole prompts, too.
+In --out: sets.jsonl, a line for each measurement (the same command goes on), and each set as NAME.json.
 """
 import functools
 import itertools
 import math
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import eval_passkey  # noqa: E402
 from eval_ppl import anywhere  # noqa: E402
-from longrope import (Journal, Parser, UserError, begin, data_hash, describe, inv_freq_of, load_tokenizer,  # noqa: E402
-                      measured, over_window, rank, read_documents, recorded, resolve_rope, resolve_ropes,
-                      rope_to_dict, run, say, token_nll, whole, write_json)
-from search import formulas, second_stage, with_key  # noqa: E402
+from longrope import (Journal, Parser, UserError, attention, begin, data_hash, describe,  # noqa: E402
+                      inv_freq_of, load_tokenizer, measured, over_window, rank, read_documents, recorded, resolve_rope,
+                      resolve_ropes, rope_to_dict, rotate, run, say, token_nll, whole, write_json)
+from search import Space, formulas, search, second_stage  # noqa: E402
 
-KEY = "71938"
-EDGE = 40  # so many tokens on either side of the key's middle and at the end are no filler, twice as many at the start
+WEIGHT = 0.15  # of the key, where search.py has 0.03: there its NLL is small
 
 
 def ramp(problem, slow, middle, turns):
@@ -42,49 +42,66 @@ def ramp(problem, slow, middle, turns):
     return replace(problem.base, rescale_factors=tuple(lambdas.round(2).tolist()))
 
 
-def runs_of(kept):
-    """Of the places that are kept (n,) the number of each one's run, and the places left out behind each run."""
-    new = np.diff(kept) > 1
-    return np.concatenate([[0], new.cumsum()]), (np.diff(kept) - 1)[new]
+def places(length, middle, count):
+    """Those kept (n,) of a prompt, in `count` pieces: that around the key, half of the others evenly from start to end,
+    half ever closer to the start, where filler has less filler before it."""
+    size = min(eval_passkey.piece_size(length), length)
+    starts = np.concatenate([np.linspace(0, length - size, count // 2), [middle - size // 2],
+                             np.geomspace(size, length - size, count - count // 2 - 1)]).round().astype(int)
+    return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))
 
 
-def bias_of(kept, middle, length):
-    """(n, n), added to the logits of a prompt's kept places: -inf above the diagonal; for filler of another run the log
-    of the tokens it stands for, which are half of each gap beside its run, of that before the query's own run all."""
-    run, gaps = runs_of(kept)
-    filler = (kept >= 2 * EDGE) & (abs(kept - middle) > EDGE) & (kept < length - EDGE)
-    count = np.bincount(run, filler)
-    weight = np.zeros((len(count), len(count)))  # of each query's run, for each run before
-    for q, r in itertools.combinations(range(len(count)), 2):
-        beside = (gaps[q - 1] / 2 if q else 0) + gaps[q] / (1 if r == q + 1 else 2)
-        weight[r, q] = math.log1p(beside / count[q]) if count[q] else 0
-    bias = torch.from_numpy(weight[run][:, run] * filler).float()
-    return bias.masked_fill(torch.ones_like(bias).triu(1) > 0, -math.inf)
+def sources(tokens, kept):
+    """(T,) For each place of a prompt (T,) the number in `kept` (n,) of the place that stands for it: its own if it is
+    kept, else that of the filler's same token in the nearest piece, a multiple of the filler's period away."""
+    tokens, place = tokens.numpy(), np.arange(len(tokens))
+    sample = tokens[-eval_passkey.piece_size(len(tokens)):][:80]  # filler before the question
+    period = next(p for p in range(1, 80) if (sample[p:] == sample[:-p]).all())
+    after = kept.searchsorted(place)
+    behind, ahead = place - kept[np.maximum(after - 1, 0)], kept[after] - place
+    periods = np.where(behind <= ahead, -behind // period, -(-ahead // period)) * (ahead > 0)
+    source = place + period * periods
+    assert (tokens[source] == tokens).all(), "what is left out does not repeat what is kept"
+    return kept.searchsorted(source)
+
+
+def spreading(rope, kept, source):
+    """`attention` of what is kept of a prompt over keys and values of all its places, each its source's, turned."""
+    length = len(source)
+    cos, sin = (x / rope.at(length).attention_factor for x in rope.table(length, kept.device))
+    c, s = cos[kept[source]], sin[kept[source]]
+    cos, sin = cos * c + sin * s, sin * c - cos * s  # of the angle from a source's place to one's own
+    ends = [*((kept.diff() > 1).nonzero().flatten() + 1).tolist(), len(kept)]
+
+    def attend(q, k, v):
+        k, v, parts = rotate(k[:, source], cos, sin), v[:, source], q.tensor_split(ends[:-1], dim=1)
+        until = [int(kept[end - 1]) + 1 for end in ends]
+        return torch.cat([attention(part, k[:, :end], v[:, :end]) for part, end in zip(parts, until)], 1)
+    return attend
 
 
 @torch.inference_mode()
-def in_pieces(model, tokens, kept, count, bias=None):
-    """Summed -log p of the last `count` of the tokens (T,), of which only the places kept (n,) are read."""
+def in_pieces(model, tokens, kept, count, source=None):
+    """Summed -log p of the last `count` of the tokens (T,), of which only the places kept (n,) are read; with their
+    `source` as if all were there."""
     device = model.unembedding.device
     cos, sin = model.rope.table(len(tokens), device)
     kept = torch.from_numpy(kept).to(device)
-
-    def attend(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True).transpose(1, 2)
+    attends = None if source is None else itertools.repeat(
+        spreading(model.rope, kept, torch.from_numpy(source).to(device)))
     tokens = tokens.to(device)[kept]
-    attends = None if bias is None else itertools.repeat(attend)
     hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), attends)
     return token_nll(hidden[0, -1 - count:-1], model.unembedding, tokens[-count:]).sum().item()
 
 
-def read_data(args, model, tokenizer):
-    """{depth: (tokens, places that are kept, tokens of the key, bias)}, [tokens of a text], the places kept of each."""
+def read_data(args, tokenizer):
+    """{depth: (tokens, places kept, tokens of the key, sources)}, [tokens of a text], the places kept of each."""
     prompts = {}
     for depth in args.depths:
-        tokens, count, middle = eval_passkey.make_prompt(tokenizer, args.len, depth, KEY)
-        kept = eval_passkey.pieces(args.len, middle)
-        prompts[depth] = torch.tensor(tokens), kept, count, bias_of(kept, middle, args.len).to(model.unembedding)
+        key = eval_passkey.make_trials(f"second {args.seed} {depth}", [args.len], 1, 1)[0]["key"]
+        tokens, count, middle = eval_passkey.make_prompt(tokenizer, args.len, depth, key)
+        tokens, kept = torch.tensor(tokens), places(args.len, middle, args.pieces)
+        prompts[depth] = tokens, kept, count, sources(tokens, kept)
     text = " ".join(text for _, text in read_documents(args.data, args.len))
     tokens = torch.tensor([i for e in tokenizer.encode_batch_fast(
         [text[at:at + 100_000] for at in range(0, len(text), 100_000)], add_special_tokens=False) for i in e.ids])
@@ -97,58 +114,74 @@ def main(argv=None):
     p = Parser(__doc__)
     add, two = p.add_argument, functools.partial(whole, least=2)
     add("--len", type=two, required=True, help="target length")
-    add("--slow", type=float, nargs="+", default=[1, 1.19, 1.5], metavar="R", help="default: 1 1.19 1.5")
-    add("--middle", type=float, nargs="+", default=[1, 2, 4, 8], metavar="M", help="default: 1 2 4 8")
-    add("--turns", type=float, nargs="+", default=[13, 100], metavar="T", help="above 1 (default: 13 100)")
-    add("--attention", type=float, nargs="+", default=[1.2, 1.25, 1.3], metavar="A", help="factors (default: 1.2 1.25 "
-        "1.3)")
+    add("--slow", type=float, nargs="+", default=[0.7, 1], metavar="R", help="default: 0.7 1")
+    add("--middle", type=float, nargs="+", default=[4, 8], metavar="M", help="default: 4 8")
+    add("--turns", type=float, nargs="+", default=[100, 1000], metavar="T", help="above 1 (default: 100 1000)")
+    add("--attention", type=float, nargs="+", default=[1.2, 1.3], metavar="A", help="factors (default: 1.2 1.3)")
     add("--rope", nargs="+", default=[], help="rope.json of more sets, as they are")
-    add("--depths", type=float, nargs="+", default=[0.05, 0.3, 0.6, 0.9], help="of the keys (default: .05 .3 .6 .9)")
-    add("--pieces", type=two, default=9, help="of a prompt or text, of 512 tokens (default: 9)")
+    add("--iterations", type=whole, default=10, help="generations of 8 candidates after those (default: 10)")
+    add("--depths", type=float, nargs="+", default=[0.02, 0.25, 0.5, 0.8], help="of the keys (default: .02 .25 .5 .8)")
+    add("--pieces", type=functools.partial(whole, least=5), default=17, help="of a prompt, of 512 tokens (default: 17)")
     add("--whole", type=whole, default=1, metavar="N", help="sets to ask in whole prompts (default: 1)")
     add("--out", type=Path, default=Path("out/second"))
     args = p.parse_args(argv)
-    eval_passkey.PIECES = args.pieces
     model = begin(args)
     tokenizer = load_tokenizer(args.model)
     problem = second_stage(resolve_rope("model", model), args.len)
-    sets = formulas(problem, args.len) | {
-        f"ramp-{slow:g}-{middle:g}-{turns:g}-{attention:g}": replace(ramp(problem, slow, middle, turns),
-                                                                      attention_factor=attention)
-        for slow, middle, turns, attention in itertools.product(args.slow, args.middle, args.turns, args.attention)
-        if middle > 1 or turns == args.turns[0]}
-    ropes = {(name, args.len): problem.put(factors, args.len) for name, factors in sets.items()}
-    for (name, _), rope in ropes.items() if rank() == 0 else ():
-        write_json(args.out / f"{name}.json", rope_to_dict(rope))
-    ropes |= resolve_ropes(args.rope, [args.len], model) if args.rope else {}
-    prompts, texts, some = read_data(args, model, tokenizer)
-    run_of, _ = runs_of(some)
-    end = int((run_of == run_of[-1]).sum()) - 1  # tokens of a text's last run, save its first
+    starts = {f"ramp-{slow:g}-{middle:g}-{turns:g}-{factor:g}": replace(ramp(problem, slow, middle, turns),
+                                                                      attention_factor=factor)
+              for slow, middle, turns, factor in itertools.product(args.slow, args.middle, args.turns, args.attention)
+              if middle > 1 or turns == args.turns[0]}
+    starts |= formulas(problem, args.len)
+    for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
+        starts[Path(name).stem] = rope.at(args.len).over(problem.base)
+    prompts, texts, some = read_data(args, tokenizer)
+    runs = np.split(some, np.flatnonzero(np.diff(some) > 1) + 1)
+    end = len(runs[-1]) - 1  # tokens of a text's last run, save its first
     journal = Journal(args.out / "sets.jsonl", describe(model, tokenizer) | {
         "len": args.len, "pieces": args.pieces, "data_sha256": data_hash(texts)}, recorded(args))
+    asked = [{"length": args.len, "of": of, "at": at} for of, places in (("text", range(len(texts))), ("key", prompts))
+             for at in places]
+    table = {}
 
     def measure(task):
         if task["of"] == "text":
             return {"nll": in_pieces(model, texts[task["at"]], some, end) / end}
+        tokens, kept, count, source = prompts[task["at"]]
         if task["of"] == "key":
-            return {"nll": in_pieces(model, *prompts[task["at"]])}
-        tokens, _, count, _ = prompts[task["at"]]
+            return {"nll": in_pieces(model, tokens, kept, count, source)}
         return {"nll": over_window(model, tokens, len(tokens) - count).sum().item()}
 
-    def found(ropes, of, places):
-        """Yield (name, NLLs) for each rope."""
-        tasks = [{"length": args.len, "of": of, "at": at} for at in places]
-        return ((name, [row["nll"] for row in rows])
-                for name, _, rows in measured(journal, model, ropes, tasks, measure))
-    text = dict(found(ropes, "text", range(len(texts))))
-    rows = sorted((with_key(np.mean(text[name]), np.mean(keys)), name, np.mean(text[name]), keys)
-                  for name, keys in found(ropes, "key", prompts))
+    def evaluate(population, iteration):
+        """{candidate: fitness}; each is written, and a line of the table."""
+        ropes = {}
+        for candidate, name in population.items():
+            name = name if iteration == 0 else f"{name}-{iteration}-{len(ropes)}"
+            ropes[name, args.len] = problem.put(candidate, args.len)
+            if rank() == 0:
+                write_json(args.out / f"{name}.json", rope_to_dict(ropes[name, args.len]))
+        for name, _, rows in measured(journal, model, ropes, asked, measure):
+            text, keys = np.mean([row["nll"] for row in rows[:len(texts)]]), [row["nll"] for row in rows[len(texts):]]
+            table[name] = text + WEIGHT * math.log1p(np.mean(keys)), text, keys, ropes[name, args.len]
+        return dict(zip(population, (table[name][0] for name, _ in ropes)))
+    pairs = len(problem.base.rescale_factors)
+    space = Space((1.0,) * pairs, 2 * problem.scale, (problem.base.n_hat,), (1.0, 1.6))
+    sizes = Namespace(population_size=len(starts), num_mutations=5, num_crossovers=3, num_parents=8, turns=1,
+                      iterations=args.iterations, screening=64, max_evals=len(starts) + 8 * args.iterations)
+    starts = {factors: name for name, factors in starts.items()}
+    search(sizes, np.random.default_rng(args.seed), starts, space, evaluate)
+
+    def values(rows):
+        return " ".join(f"{row:7.3f}" for row in rows)
     say(f"{'fitness':>10}{'text':>8}   key's NLL at depths {' '.join(map(str, args.depths))}   rope")
-    for fitness, name, nll, keys in rows:
-        say(f"{fitness:10.4f}{nll:8.4f}   {' '.join(f'{key:7.3f}' for key in keys)}   {name}")
-    best = {(name, args.len): ropes[name, args.len] for _, name, *_ in rows[:args.whole]}
-    for name, keys in found(best, "whole prompt", prompts):
-        say(f"{'whole':>18}   {' '.join(f'{key:7.3f}' for key in keys)}   {name}")
+    best = sorted(table, key=lambda name: table[name][0])
+    for name in best:
+        fitness, text, keys, _ = table[name]
+        say(f"{fitness:10.4f}{text:8.4f}   {values(keys)}   {name}")
+    tasks = [{"length": args.len, "of": "whole prompt", "at": depth} for depth in prompts]
+    ropes = {(name, args.len): table[name][3] for name in best[:args.whole]}
+    for name, _, rows in measured(journal, model, ropes, tasks, measure):
+        say(f"{'whole':>18}   {values(row['nll'] for row in rows)}   {name}")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ import math
 import random
 import re
 import time
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from longrope import (ROPES, Journal, Parser, UserError, begin, describe, few, generate, in_vocabulary, load_tokenizer,
-                      measured, natural, over_window, panels_of, rank, recorded, resolve_ropes, run, say,
-                      share_sequences, title_of, token_nll, warm_up)
+from longrope import (ROPES, Journal, Parser, UserError, attention, begin, describe, few, generate, in_vocabulary,
+                      load_tokenizer, measured, natural, over_window, panels_of, rank, recorded, resolve_ropes, rotate,
+                      run, say, share_sequences, title_of, token_nll, warm_up)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -29,6 +31,12 @@ QUESTION = "What is the pass key? The pass key is"
 ANSWER_TOKENS = 10  # decoded with --generate, as in the paper's code, or as many as the key has
 
 
+def tokens_of(tokenizer, text, before="\n"):
+    """Token ids as in the middle of a text: at its start some tokenizers add a space."""
+    start, whole = (tokenizer.encode(t, add_special_tokens=False).ids for t in (before, before + text))
+    return whole[len(start):]
+
+
 def make_prompt(tokenizer, length, depth, key):
     """Token ids of a prompt with its answer, exactly `length` of them, how many of the last are the key's, and where
     the middle of the key line is.
@@ -36,9 +44,7 @@ def make_prompt(tokenizer, length, depth, key):
     depth 0 puts the key line at the start of the filler, 1 at its end. The filler is cut to the token, and begins anew
     behind the key line.
     """
-    def encode(text, before="\n"):  # as in the middle of a text: at its start some tokenizers add a space
-        start, whole = (tokenizer.encode(t, add_special_tokens=False).ids for t in (before, before + text))
-        return whole[len(start):]
+    encode = partial(tokens_of, tokenizer)
     needle, question, answer = encode(NEEDLE.format(key=key)), encode(QUESTION), encode(f"{QUESTION} {key}")
     if answer[:len(question)] != question:
         raise UserError("this tokenizer joins the question's end with the key")
@@ -83,8 +89,8 @@ def ask(model, tokenizer, trial, by_generating):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For search.py, which asks some 1500 times: by pieces of a prompt, which from 32768 tokens on cost the same for every
-# length, and by -log p, which says more than hit or miss.
+# For search.py, which asks some 1500 times: by pieces of a prompt, at a few percent of its cost, and by -log p, which
+# says more than hit or miss. As filler repeats itself, what lies between two pieces is known from them.
 
 PIECES = 9  # of a prompt
 
@@ -94,31 +100,58 @@ def piece_size(length):
 
 
 def pieces(length, middle):
-    """The places (n,) of a prompt's tokens (T,) that are kept, in PIECES runs: that around the key line, whose middle
-    is given, and others evenly from the start to the question. At their true positions they tell ropes apart much as
-    whole prompts do, but do not show that a set is for longer sequences (results/two-million)."""
+    """The places (n,) of a prompt's tokens (T,) that are read, in PIECES runs: one around the key line, whose middle is
+    given, four evenly from the start to the question, four ever closer to the start, where filler has little before
+    it."""
     size = min(piece_size(length), length)
-    starts = [*np.linspace(0, length - size, PIECES - 1).round().astype(int), middle - size // 2]
+    even = np.linspace(0, length - size, PIECES // 2)
+    closer = np.geomspace(size, max(length - size, 1), (PIECES + 1) // 2)[:-1]
+    starts = np.concatenate([even, closer, [middle - size // 2]]).round().astype(int)
     return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))
 
 
-def prompts_in_pieces(tokenizer, length, seed, count, whole=False):
-    """[(tokens (T,), places that are kept (n,), tokens of the key)]: `count` keys at as many depths."""
-    made = (make_prompt(tokenizer, length, t["depth"], t["key"]) for t in make_trials(seed, [length], count, 1))
-    return [(torch.tensor(tokens), np.arange(length) if whole else pieces(length, middle), answer)
-            for tokens, answer, middle in made]
+def sources(kept, length, period):
+    """(T,) The number in `kept` (n,) of the place whose key and value stand for each place's: its own if it is read,
+    else that of the filler's same token in the nearest piece, whole periods (of so many tokens) away."""
+    place = np.arange(length)
+    after = kept.searchsorted(place)
+    behind, ahead = place - kept[np.maximum(after - 1, 0)], kept[after] - place
+    periods = np.where(behind <= ahead, -behind // period, -(-ahead // period)) * (ahead > 0)
+    return kept.searchsorted(place + period * periods)
+
+
+def spreading(table, kept, source):
+    """`attention` for what is read of a prompt, over all its T places: each has its source's value, and key, turned by
+    the angle between the two places. So the key competes with as much filler as in the whole prompt."""
+    table = torch.complex(*table)  # attention factor * e^(i angle), (T, D/2)
+    turn = table / table[kept[source]]
+    ends = [*((kept.diff() > 1).nonzero().flatten() + 1).tolist(), len(kept)]  # of the pieces
+    seen = [int(kept[end - 1]) + 1 for end in ends]
+
+    def attend(q, k, v):
+        k, v, parts = rotate(k[:, source], turn.real, turn.imag), v[:, source], q.tensor_split(ends[:-1], dim=1)
+        return torch.cat([attention(part, k[:, :n], v[:, :n]) for part, n in zip(parts, seen)], 1)
+    return attend
+
+
+def prompt_in_pieces(tokenizer, trial):
+    """(tokens (T,), places that are read (n,), their sources (T,), tokens of the key)"""
+    tokens, answer, middle = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
+    kept = pieces(len(tokens), middle)
+    return torch.tensor(tokens), kept, sources(kept, len(tokens), len(tokens_of(tokenizer, FILLER))), answer
 
 
 @torch.inference_mode()
 def ask_in_pieces(model, rope, prompts):
     """(-log p of the keys, a mean over prompts; how many are the argmax all through)."""
     device, context, nll, found = model.unembedding.device, model.context, 0.0, 0
-    cos, sin = rope.table(len(prompts[0][0]), device)
+    table = cos, sin = rope.table(len(prompts[0][0]), device)
     model.context = None  # they are short enough for one process
-    for tokens, kept, count in prompts:
-        kept = torch.from_numpy(kept).to(device)
+    for tokens, kept, source, count in prompts:
+        kept, source = torch.from_numpy(kept).to(device), torch.from_numpy(source).to(device)
         tokens = tokens.to(device)[kept]
-        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
+        attends = repeat(spreading(table, kept, source))
+        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), attends)[0, -1 - count:-1]
         nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
         found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
     model.context = context

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval_passkey import ask_in_pieces, prompts_in_pieces
+from eval_passkey import ask_in_pieces, make_trials, prompt_in_pieces
 from longrope import (COLORS, FORMULAS, Factors, Journal, Parser, Rope, UserError, begin, copy_file, data_hash,
                       describe, forward_flops, in_vocabulary, inv_freq_of, load_tokenizer, natural, panels_of,
                       perplexity, rank, read_documents, recorded, resolve_rope, rope_to_dict, run, save_config, say,
@@ -375,8 +375,7 @@ class Evaluator:
 
 
 def say_table(args, rows, unseen):
-    say(f"\nperplexity at {args.len} tokens, one window a document; pass keys found of {KEYS}"
-        + ("" if args.whole_prompts else ", by pieces of the prompts"))
+    say(f"\nperplexity at {args.len} tokens, one window a document; pass keys found of {KEYS}, by pieces of prompts")
     say(f"{'rope':10}{'attention factor':>18}{f'{args.searched} searched on':>18}{f'{unseen} unseen':>14}{'keys':>8}")
     for row in rows:
         on, off, keys = ("-" if x is None else f"{x:.2e}" if x > 1e6 else f"{x:.3f}" if type(x) is float else x
@@ -415,7 +414,7 @@ def say_cost(args, model, tokens, prompts, candidates, others):
     begun = time.perf_counter()
     window_nll(model, probe)
     flops = (candidates * args.samples + others) * forward_flops(model, args.len)
-    flops += candidates * sum(forward_flops(model, len(kept)) for _, kept, _ in prompts)
+    flops += candidates * sum(forward_flops(model, args.len) * len(kept) / args.len for _, kept, *_ in prompts)
     seconds = (time.perf_counter() - begun) * flops / forward_flops(model, len(probe))
     seconds *= args.context_parallel / world_size()
     say(f"{candidates} candidates, each on {args.samples} document{'s' * (args.samples > 1)} of {args.len} tokens and "
@@ -469,8 +468,7 @@ def fill_in(args, model):
     on_cpu = model.unembedding.device.type == "cpu"
     if args.short and not args.fitness:
         args.fitness = "keys"
-    # how many candidates are measured again before the table, and whether its prompts are read whole
-    args.last, args.whole_prompts = (3, False) if on_cpu else (12, args.len <= 131072 and args.context_parallel == 1)
+    args.last = 3 if on_cpu else 12  # candidates that are measured again before the table
     args.documents = max(2 * args.samples, 4 if on_cpu else 10)  # half of them to compare on
     defaults = ON_CPU if on_cpu else SIZES
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
@@ -502,8 +500,8 @@ def read_data(args, model, tokenizer):
     args.searched = args.turns * args.samples
     counts = ({"search": 5, "last": KEYS} if args.fitness != "ppl" else {}) | {"table": KEYS}
     try:
-        prompts = {name: prompts_in_pieces(tokenizer, args.len, f"{name} {args.seed}", count,
-                                           name == "table" and args.whole_prompts) for name, count in counts.items()}
+        prompts = {name: [prompt_in_pieces(tokenizer, trial) for trial in make_trials(
+            f"{name} {args.seed}", [args.len], count, 1)] for name, count in counts.items()}
     except UserError as e:
         warn(f"no pass keys: {e}")
         prompts = {}
@@ -536,7 +534,7 @@ def main(argv=None):
     journal = Journal(args.out / "history.jsonl", setup, record | recorded(args), ["rope.json"])
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
     say_cost(args, model, documents[0], prompts.get("search", []), max(0, args.max_evals - evaluate.there),
-             (args.last + 1) * args.searched + (len(ropes) + 1) * (len(documents) + KEYS * args.whole_prompts))
+             (args.last + 1) * args.searched + (len(ropes) + 1) * len(documents))
     if not args.fitness:
         none, *others = (row["fitness"] for row in evaluate.compare(ropes, "search", args.searched))
         args.fitness = "ppl" if none < min(others) else "keys"

@@ -1,10 +1,7 @@
 """The prompt, greedy decoding with a cache, and the two ways of scoring against each other."""
 import gc
-import itertools
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,21 +223,3 @@ def test_a_tokenizer_that_joins_the_question_with_the_key_is_refused():
     joining.train_from_iterator([QUESTION + " 1"] * 9, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     with pytest.raises(longrope.UserError, match="joins the question's end with the key"):
         make_prompt(joining, 2000, 0, "12345")
-
-
-def test_pieces_whose_filler_is_spread_say_what_the_whole_prompt_says(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent / "experiments")
-    from second_stage import in_pieces, places, sources
-    model, tokenizer = load_model(device="cpu"), load_tokenizer(longrope.BUNDLED_MODEL)
-    off = []
-    for name, depth in itertools.product(("yarn", "ntk"), (0.1, 0.9)):
-        model.rope = longrope.resolve_rope(name, model, 4096)
-        tokens, count, middle = make_prompt(tokenizer, 4096, depth, "71938")
-        tokens, kept = torch.tensor(tokens), places(4096, middle, 9)
-        source = sources(tokens, kept)
-        assert (tokens[kept[source]] == tokens).all() and len(kept) < 4096 / 3
-        assert (source[kept] == np.arange(len(kept))).all()
-        whole = longrope.over_window(model, tokens, len(tokens) - count).sum().item()
-        off.append([abs(in_pieces(model, tokens, kept, count, some) / whole - 1) for some in (source, None)])
-    spread, alone = zip(*off)
-    assert max(spread) < 0.03 and max(alone) > 0.3

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import HEAD_DIM, VOCAB, WINDOW, make_rope, random_factors, random_tokens
 
 import search
-from eval_passkey import NEEDLE, PIECES, QUESTION, ask_in_pieces, make_prompt, piece_size, pieces
-from longrope import FORMULAS, Factors, UserError, load_tokenizer, plain, su_factor
+from eval_passkey import (FILLER, NEEDLE, PIECES, QUESTION, ask_in_pieces, make_prompt, piece_size, pieces,
+                          prompt_in_pieces, tokens_of)
+from longrope import (BUNDLED_MODEL, FORMULAS, Factors, UserError, load_model, load_tokenizer, plain, resolve_rope,
+                      su_factor)
 from search import (BASELINES, N_HAT, Space, crossover, first_stage, is_monotone, mutate, promising, recovery,
                     second_stage)
 
@@ -452,35 +453,46 @@ def test_pieces_hold_the_start_the_key_line_and_the_question_and_cost_the_same_f
         tokens, _, middle = make_prompt(tokenizer, length, depth, "41975")
         kept, size = pieces(length, middle).tolist(), min(piece_size(length), length)
         assert kept == sorted({*kept} & {*range(length)}) and len(kept) <= PIECES * size
-        assert {*range(size), *range(length - size, length), middle} <= {*kept}
-        assert (len(kept) == length) is (length <= 1024) and np.diff(kept).max() < length / 7  # evenly
+        assert {*range(2 * size), *range(length - size, length), middle} <= {*kept} or length < 2 * size
+        assert (len(kept) == length) is (length == 200) and np.diff(kept).max() < length / 3  # evenly
         text = tokenizer.decode([tokens[place] for place in kept])
         assert NEEDLE.format(key="41975") in text and text.endswith(f"{QUESTION} 41975")
     assert len(pieces(2097152, round(depth * 2097152))) == len(kept)
 
 
-@pytest.mark.parametrize("length", [300, 2000])
-def test_ask_in_pieces_computes_what_the_model_does_where_no_token_sees_one_left_out(tiny_model, length):
-    """By whole prompts with a mask: so the pieces are at their true positions. Of 300 tokens all are kept."""
-    rope, prompts, expected, kept = make_rope(random_factors(1, 4), 4.0, 8), [], [], pieces(length, 500)
-    mask = torch.isin(torch.arange(length), torch.from_numpy(kept)).expand(length, -1).tril()
-
-    def masked(*qkv):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), mask, enable_gqa=True).transpose(1, 2)
-    attends, tiny_model.rope = itertools.repeat(masked) if len(kept) < length else None, rope
+def test_ask_in_pieces_asks_of_all_places_what_the_model_says_of_the_whole_prompt(tiny_model):
+    rope, prompts, expected = make_rope(random_factors(1, 4), 4.0, 8), [], []
+    tiny_model.rope, every = rope, np.arange(300)
     for wrong in ((), (-1,), (-3,), (-3, -2, -1)):  # of the key's three tokens; the others are what is expected most
-        tokens, loss = random_tokens(length, seed=len(prompts))[0], 0.0
+        tokens, loss = random_tokens(300, seed=len(prompts))[0], 0.0
         for place in range(-3, 0):
-            logits = F.linear(tiny_model.hidden(tokens[None], attends=attends), tiny_model.unembedding)[0, place - 1]
+            logits = tiny_model(tokens[None])[0, place - 1]
             tokens[place] = (logits.argmax() + (place in wrong)) % VOCAB
             loss -= logits.log_softmax(-1)[tokens[place]].item()
-        prompts.append((tokens, kept, 3))
+        prompts.append((tokens, every, every, 3))
         expected.append(loss)
     tiny_model.rope, tiny_model.context = None, "as before"
     for chosen in (slice(4), slice(1), slice(1, 4)):
         nll, found = ask_in_pieces(tiny_model, rope, prompts[chosen])
         assert nll == pytest.approx(np.mean(expected[chosen]), abs=1e-3) and found == (chosen.start is None)
         assert tiny_model.context == "as before"
+
+
+@pytest.mark.parametrize("name, n_hat", [("yarn", 0), ("ntk", 0), ("yarn", 64)])
+def test_pieces_say_of_a_key_what_the_whole_prompt_says(name, n_hat):
+    model, tokenizer = load_model(device="cpu"), load_tokenizer(BUNDLED_MODEL)
+    rope = resolve_rope(name, model, 4096)
+    rope = replace(rope, long=replace(rope.long, n_hat=n_hat))
+    for depth in (0, 0.4, 0.9):
+        prompt = prompt_in_pieces(tokenizer, {"length": 4096, "depth": depth, "key": "41975"})
+        tokens, kept, source, count = prompt
+        assert len(kept) < 4096 / 3 and (source[kept] == np.arange(len(kept))).all()
+        assert (tokens[kept[source]] == tokens).all() and (source != 0).sum() == 4095
+        every = np.arange(4096)
+        nearest = abs(kept[:, None] - every).min(0)
+        assert (abs(kept[source] - every) < nearest + len(tokens_of(tokenizer, FILLER))).all()
+        some, whole = (ask_in_pieces(model, rope, [it])[0] for it in (prompt, (tokens, every, every, count)))
+        assert some == pytest.approx(whole, rel=0.08)
 
 
 def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():
@@ -491,9 +503,6 @@ def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():
     assert sizes("cpu") == ([4, 5, 3, 8, 2], 1, 3)
     given = "--population-size", "9", "--iterations", "0", "--samples", "7"
     assert sizes("cuda", *given) == ([9, 5, 3, 8, 0], 7, 12)
-    for length, whole in ((2048, True), (131072, True), (131073, False)):
-        assert filled_in("cuda", "--len", str(length)).whole_prompts == whole
-        assert not filled_in("cpu", "--len", str(length)).whole_prompts
     for given, bound in (("", 1.19), ("--fitness ppl", 0), ("--short", 0), ("--slow-least 0", 0)):
         assert search.bound_of(filled_in("cpu", *given.split())) == bound
     assert (filled_in("cpu").fitness, filled_in("cpu", "--short").fitness) == (None, "keys")

@@ -5,10 +5,8 @@
 On top of the fine-tuned factors, s = --len over the length they are for, the search begins with PI, NTK, YaRN and
 ramps: by a pair's turns within that length lambda = R s below one turn (at least M), M at one, 1 at T or more, in
 log-log a line between, for each R, M, T and attention factor. Fitness is as in search.py, of pieces at true positions:
-NLL of the end of 8 stretches of text, and of a key at each of --depths. In a whole prompt, though, filler outnumbers
-the key, in pieces hardly. Since filler repeats itself, the keys and values of what is left out are here those of the
-nearest piece, whole periods away, turned to their own places: pieces attend to as many tokens as in the whole prompt,
-at a percent of its cost. The --whole sets of the lowest fitness are asked in whole prompts, too.
+NLL of the end of 8 stretches of text, and of a key at each of --depths. The --whole sets of the lowest fitness are
+asked in whole prompts, too.
 In --out: sets.jsonl, a line for each measurement (the same command goes on), and each set as NAME.json.
 """
 import functools
@@ -24,10 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import eval_passkey  # noqa: E402
+from eval_passkey import ask_in_pieces, make_trials, pieces, prompt_in_pieces  # noqa: E402
 from eval_ppl import anywhere  # noqa: E402
-from longrope import (Journal, Parser, UserError, attention, begin, data_hash, describe,  # noqa: E402
+from longrope import (Journal, Parser, UserError, begin, data_hash, describe,  # noqa: E402
                       inv_freq_of, load_tokenizer, measured, over_window, rank, read_documents, recorded, resolve_rope,
-                      resolve_ropes, rope_to_dict, rotate, run, say, token_nll, whole, write_json)
+                      resolve_ropes, rope_to_dict, run, say, token_nll, whole, write_json)
 from search import Space, formulas, search, second_stage  # noqa: E402
 
 WEIGHT = 0.15  # of the key, where search.py has 0.03: there its NLL is small
@@ -42,72 +41,26 @@ def ramp(problem, slow, middle, turns):
     return replace(problem.base, rescale_factors=tuple(lambdas.round(2).tolist()))
 
 
-def places(length, middle, count):
-    """Those kept (n,) of a prompt, in `count` pieces: that around the key, half of the others evenly from start to end,
-    half ever closer to the start, where filler has less filler before it."""
-    size = min(eval_passkey.piece_size(length), length)
-    starts = np.concatenate([np.linspace(0, length - size, count // 2), [middle - size // 2],
-                             np.geomspace(size, length - size, count - count // 2 - 1)]).round().astype(int)
-    return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))
-
-
-def sources(tokens, kept):
-    """(T,) For each place of a prompt (T,) the number in `kept` (n,) of the place that stands for it: its own if it is
-    kept, else that of the filler's same token in the nearest piece, a multiple of the filler's period away."""
-    tokens, place = tokens.numpy(), np.arange(len(tokens))
-    sample = tokens[-eval_passkey.piece_size(len(tokens)):][:80]  # filler before the question
-    period = next(p for p in range(1, 80) if (sample[p:] == sample[:-p]).all())
-    after = kept.searchsorted(place)
-    behind, ahead = place - kept[np.maximum(after - 1, 0)], kept[after] - place
-    periods = np.where(behind <= ahead, -behind // period, -(-ahead // period)) * (ahead > 0)
-    source = place + period * periods
-    assert (tokens[source] == tokens).all(), "what is left out does not repeat what is kept"
-    return kept.searchsorted(source)
-
-
-def spreading(rope, kept, source):
-    """`attention` of what is kept of a prompt over keys and values of all its places, each its source's, turned."""
-    length = len(source)
-    cos, sin = (x / rope.at(length).attention_factor for x in rope.table(length, kept.device))
-    c, s = cos[kept[source]], sin[kept[source]]
-    cos, sin = cos * c + sin * s, sin * c - cos * s  # of the angle from a source's place to one's own
-    ends = [*((kept.diff() > 1).nonzero().flatten() + 1).tolist(), len(kept)]
-
-    def attend(q, k, v):
-        k, v, parts = rotate(k[:, source], cos, sin), v[:, source], q.tensor_split(ends[:-1], dim=1)
-        until = [int(kept[end - 1]) + 1 for end in ends]
-        return torch.cat([attention(part, k[:, :end], v[:, :end]) for part, end in zip(parts, until)], 1)
-    return attend
-
-
 @torch.inference_mode()
-def in_pieces(model, tokens, kept, count, source=None):
-    """Summed -log p of the last `count` of the tokens (T,), of which only the places kept (n,) are read; with their
-    `source` as if all were there."""
-    device = model.unembedding.device
-    cos, sin = model.rope.table(len(tokens), device)
-    kept = torch.from_numpy(kept).to(device)
-    attends = None if source is None else itertools.repeat(
-        spreading(model.rope, kept, torch.from_numpy(source).to(device)))
-    tokens = tokens.to(device)[kept]
-    hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), attends)
-    return token_nll(hidden[0, -1 - count:-1], model.unembedding, tokens[-count:]).sum().item()
+def end_of(model, text, kept, count):
+    """-log p a token of the last `count` of a text's tokens (T,), of which only the places kept (n,) are read."""
+    cos, sin = model.rope.table(len(text), model.unembedding.device)
+    kept = torch.from_numpy(kept).to(cos.device)
+    text = text.to(cos.device)[kept]
+    hidden = model.hidden(text[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
+    return token_nll(hidden, model.unembedding, text[-count:]).mean().item()
 
 
 def read_data(args, tokenizer):
-    """{depth: (tokens, places kept, tokens of the key, sources)}, [tokens of a text], the places kept of each."""
-    prompts = {}
-    for depth in args.depths:
-        key = eval_passkey.make_trials(f"second {args.seed} {depth}", [args.len], 1, 1)[0]["key"]
-        tokens, count, middle = eval_passkey.make_prompt(tokenizer, args.len, depth, key)
-        tokens, kept = torch.tensor(tokens), places(args.len, middle, args.pieces)
-        prompts[depth] = tokens, kept, count, sources(tokens, kept)
+    """{depth: its prompt, for ask_in_pieces}, [tokens of a text], the places kept of each."""
+    prompts = {depth: prompt_in_pieces(tokenizer, {"length": args.len, "depth": depth, "key": make_trials(
+        f"second {args.seed} {depth}", [args.len], 1, 1)[0]["key"]}) for depth in args.depths}
     text = " ".join(text for _, text in read_documents(args.data, args.len))
     tokens = torch.tensor([i for e in tokenizer.encode_batch_fast(
         [text[at:at + 100_000] for at in range(0, len(text), 100_000)], add_special_tokens=False) for i in e.ids])
     if len(tokens) < args.len:
         raise UserError(f"{len(tokens)} tokens in all documents, fewer than --len {args.len}: give more --data")
-    return prompts, anywhere(tokens, args.len, 8, args.seed), eval_passkey.pieces(args.len, args.len // 3)
+    return prompts, anywhere(tokens, args.len, 8, args.seed), pieces(args.len, args.len // 3)
 
 
 def main(argv=None):
@@ -121,10 +74,11 @@ def main(argv=None):
     add("--rope", nargs="+", default=[], help="rope.json of more sets, as they are")
     add("--iterations", type=whole, default=10, help="generations of 8 candidates after those (default: 10)")
     add("--depths", type=float, nargs="+", default=[0.02, 0.25, 0.5, 0.8], help="of the keys (default: .02 .25 .5 .8)")
-    add("--pieces", type=functools.partial(whole, least=5), default=17, help="of a prompt, of 512 tokens (default: 17)")
+    add("--pieces", type=functools.partial(whole, least=5), default=17, help="of a prompt or text (default: 17)")
     add("--whole", type=whole, default=1, metavar="N", help="sets to ask in whole prompts (default: 1)")
     add("--out", type=Path, default=Path("out/second"))
     args = p.parse_args(argv)
+    eval_passkey.PIECES = args.pieces
     model = begin(args)
     tokenizer = load_tokenizer(args.model)
     problem = second_stage(resolve_rope("model", model), args.len)
@@ -146,10 +100,11 @@ def main(argv=None):
 
     def measure(task):
         if task["of"] == "text":
-            return {"nll": in_pieces(model, texts[task["at"]], some, end) / end}
-        tokens, kept, count, source = prompts[task["at"]]
+            return {"nll": end_of(model, texts[task["at"]], some, end)}
+        prompt = prompts[task["at"]]
         if task["of"] == "key":
-            return {"nll": in_pieces(model, tokens, kept, count, source)}
+            return {"nll": ask_in_pieces(model, model.rope, [prompt])[0]}
+        tokens, *_, count = prompt
         return {"nll": over_window(model, tokens, len(tokens) - count).sum().item()}
 
     def evaluate(population, iteration):

@@ -406,19 +406,20 @@ def plot(ropes, length, rows, path):
     fig.savefig(path, dpi=120)
 
 
-def say_cost(args, model, tokens, prompts, candidates, others):
-    """What so many candidates and `others` windows will take, by a probe of the machine."""
+def say_cost(args, model, documents, prompts, candidates, ropes):
+    """What so many candidates, the last ones and the table's ropes will take, by a probe of the machine."""
     on_cpu = model.unembedding.device.type == "cpu"
-    probe = tokens[:2048] if on_cpu and args.context_parallel == 1 else tokens
+    probe = documents[0][:2048 if on_cpu and args.context_parallel == 1 else None]
     warm_up(model, len(probe))
     begun = time.perf_counter()
     window_nll(model, probe)
-    flops = (candidates * args.samples + others) * forward_flops(model, args.len)
-    flops += candidates * sum(forward_flops(model, args.len) * len(kept) / args.len for _, kept, *_ in prompts)
-    seconds = (time.perf_counter() - begun) * flops / forward_flops(model, len(probe))
+    asked = {"search": candidates + ropes * (not args.fitness), "last": args.last + 1, "table": ropes + 1}
+    passes = candidates * args.samples + asked["last"] * args.searched + asked["table"] * len(documents) + sum(
+        asked[name] * len(kept) / args.len for name, some in prompts.items() for _, kept, *_ in some)
+    seconds = (time.perf_counter() - begun) * passes * forward_flops(model, args.len) / forward_flops(model, len(probe))
     seconds *= args.context_parallel / world_size()
     say(f"{candidates} candidates, each on {args.samples} document{'s' * (args.samples > 1)} of {args.len} tokens and "
-        f"{len(prompts)} pass keys, take about {tqdm.format_interval(seconds)}" + (
+        f"{len(prompts.get('search', []))} pass keys, take about {tqdm.format_interval(seconds)}" + (
             f"; shorter: --len {max(args.len // 8, 2 * model.window)} --max-evals 16"
             * (on_cpu and seconds > 1800 and not args.init)))
 
@@ -533,12 +534,11 @@ def main(argv=None):
               "target_length": args.len, "seed": args.seed}
     journal = Journal(args.out / "history.jsonl", setup, record | recorded(args), ["rope.json"])
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
-    say_cost(args, model, documents[0], prompts.get("search", []), max(0, args.max_evals - evaluate.there),
-             (args.last + 1) * args.searched + (len(ropes) + 1) * len(documents))
+    say_cost(args, model, documents, prompts, max(0, args.max_evals - evaluate.there), len(ropes))
     if not args.fitness:
         none, *others = (row["fitness"] for row in evaluate.compare(ropes, "search", args.searched))
         args.fitness = "ppl" if none < min(others) else "keys"
-        if args.fitness == "ppl":  # as with a theta of a million: slow pairs do no harm, pieces of prompts mislead
+        if args.fitness == "ppl":  # as with a theta of a million, where slow pairs do no harm
             say("plain RoPE is better than PI, NTK and YaRN: --fitness ppl")
             space, starts = first_candidates(args, problem, start, problem.scale ** -0.5)  # for the square root of s
             evaluate.items = {label: item for label, item in evaluate.items.items() if label not in ("search", "last")}

@@ -4,9 +4,9 @@
 
 On top of the fine-tuned factors, s = --len over the length they are for, the search begins with PI, NTK, YaRN and
 ramps: by a pair's turns within that length lambda = R s below one turn (at least M), M at one, 1 at T or more, in
-log-log a line between, for each R, M, T and attention factor. Fitness is as in search.py, of pieces at true positions:
-NLL of the end of 8 stretches of text, and of a key at each of --depths. The --whole sets of the lowest fitness are
-asked in whole prompts, too.
+log-log a line between, for each R, M, T and attention factor. Fitness is as in search.py, but for a larger weight: of
+the NLL of the end of 8 stretches of text, read in pieces, and of a key at each of --depths. The --whole sets of the
+lowest fitness are asked in whole prompts, too.
 In --out: sets.jsonl, a line for each measurement (the same command goes on), and each set as NAME.json.
 """
 import functools
@@ -29,7 +29,7 @@ from longrope import (Journal, Parser, UserError, begin, data_hash, describe,  #
                       resolve_ropes, rope_to_dict, run, say, token_nll, whole, write_json)
 from search import Space, formulas, search, second_stage  # noqa: E402
 
-WEIGHT = 0.15  # of the key, where search.py has 0.03: there its NLL is small
+WEIGHT = 0.15  # of the key: its NLL is larger here than where search.py has 0.03
 
 
 def ramp(problem, slow, middle, turns):
@@ -53,14 +53,14 @@ def end_of(model, text, kept, count):
 
 def read_data(args, tokenizer):
     """{depth: its prompt, for ask_in_pieces}, [tokens of a text], the places kept of each."""
-    prompts = {depth: prompt_in_pieces(tokenizer, {"length": args.len, "depth": depth, "key": make_trials(
-        f"second {args.seed} {depth}", [args.len], 1, 1)[0]["key"]}) for depth in args.depths}
+    prompts = {depth: prompt_in_pieces(tokenizer, trial | {"depth": depth}) for depth in args.depths
+               for trial in make_trials(f"second {args.seed} {depth}", [args.len], 1, 1)}
     text = " ".join(text for _, text in read_documents(args.data, args.len))
     tokens = torch.tensor([i for e in tokenizer.encode_batch_fast(
         [text[at:at + 100_000] for at in range(0, len(text), 100_000)], add_special_tokens=False) for i in e.ids])
     if len(tokens) < args.len:
         raise UserError(f"{len(tokens)} tokens in all documents, fewer than --len {args.len}: give more --data")
-    return prompts, anywhere(tokens, args.len, 8, args.seed), pieces(args.len, args.len // 3)
+    return prompts, anywhere(tokens, args.len, 8, args.seed), pieces(args.len, args.len // 3)  # any middle
 
 
 def main(argv=None):
@@ -88,10 +88,9 @@ def main(argv=None):
               if middle > 1 or turns == args.turns[0]}
     starts |= formulas(problem, args.len)
     for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
-        starts[Path(name).stem] = rope.at(args.len).over(problem.base)
+        starts[f"given-{Path(name).stem}"] = rope.at(args.len).over(problem.base)
     prompts, texts, some = read_data(args, tokenizer)
-    runs = np.split(some, np.flatnonzero(np.diff(some) > 1) + 1)
-    end = len(runs[-1]) - 1  # tokens of a text's last run, save its first
+    end = eval_passkey.piece_size(args.len) - 1  # tokens of a text's last piece, save its first
     journal = Journal(args.out / "sets.jsonl", describe(model, tokenizer) | {
         "len": args.len, "pieces": args.pieces, "data_sha256": data_hash(texts)}, recorded(args))
     asked = [{"length": args.len, "of": of, "at": at} for of, places in (("text", range(len(texts))), ("key", prompts))
@@ -118,12 +117,12 @@ def main(argv=None):
         for name, _, rows in measured(journal, model, ropes, asked, measure):
             text, keys = np.mean([row["nll"] for row in rows[:len(texts)]]), [row["nll"] for row in rows[len(texts):]]
             table[name] = text + WEIGHT * math.log1p(np.mean(keys)), text, keys, ropes[name, args.len]
-        return dict(zip(population, (table[name][0] for name, _ in ropes)))
-    pairs = len(problem.base.rescale_factors)
-    space = Space((1.0,) * pairs, 2 * problem.scale, (problem.base.n_hat,), (1.0, 1.6))
+        return dict(zip(population, (table[name][0] for name, _ in ropes), strict=True))
+    starts = {factors: name for name, factors in starts.items()}  # equal ones are one
+    largest = max(2 * problem.scale, *(max(it.rescale_factors) for it in starts))
+    space = Space((1.0,) * len(problem.base.rescale_factors), largest, (problem.base.n_hat,), (1.0, 1.6))
     sizes = Namespace(population_size=len(starts), num_mutations=5, num_crossovers=3, num_parents=8, turns=1,
                       iterations=args.iterations, screening=64, max_evals=len(starts) + 8 * args.iterations)
-    starts = {factors: name for name, factors in starts.items()}
     search(sizes, np.random.default_rng(args.seed), starts, space, evaluate)
 
     def values(rows):

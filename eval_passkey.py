@@ -151,7 +151,7 @@ def ask_in_pieces(model, rope, prompts):
     for *prompt, count in prompts:
         tokens, kept, source = (x.to(device) for x in prompt)
         tokens, attends = tokens[kept], repeat(spreading(table, kept, source))
-        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), attends)[0, -1 - count:-1]
+        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), attends, len(source))[0, -1 - count:-1]
         nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
         found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
     model.context = context

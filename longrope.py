@@ -359,14 +359,15 @@ class Llama(nn.Module):
     def window(self):
         return self.config.rope.original_max_position_embeddings  # L0, in tokens, whatever the rope now is
 
-    def hidden(self, tokens, table=None, attends=None):
+    def hidden(self, tokens, table=None, attends=None, keys=0):
         """(B, T) int64 -> (B, T, C), the states whose product with `unembedding` are the logits; with a context those
-        of this process's tokens, (B, T/N, C). `generate` brings the rows of a longer table and caches."""
+        of this process's tokens, (B, T/N, C). `generate` brings the rows of a longer table and caches, eval_passkey.py
+        functions that attend to more `keys` than there are tokens."""
         cos, sin = table or self.rope.table(tokens.shape[1], tokens.device)  # once, passed down to every layer
         if context := self.context:
             tokens, cos, sin = context.mine(tokens, 1), context.mine(cos, 0), context.mine(sin, 0)
         attends = attends or repeat(context.attend if context else attention)
-        groups = head_groups(self.config, tokens.numel(), context.size if context else 1)
+        groups = head_groups(self.config, max(tokens.numel(), keys), context.size if context else 1)
         x = self.model.embed_tokens(tokens)
         for block, attend in zip(self.model.layers, attends):
             x = block(x, cos, sin, attend, groups)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import HEAD_DIM, VOCAB, WINDOW, make_rope, random_factors, random_tokens
 
+import eval_passkey
+import longrope
 import search
 from eval_passkey import (FILLER, NEEDLE, PIECES, QUESTION, ask_in_pieces, make_prompt, piece_size, pieces,
                           prompt_in_pieces, tokens_of)
@@ -493,6 +495,20 @@ def test_pieces_say_of_a_key_what_the_whole_prompt_says(name, n_hat):
         assert (abs(kept[source] - every) < nearest + len(tokens_of(tokenizer, FILLER))).all()
         some, whole = (ask_in_pieces(model, rope, [it])[0] for it in (prompt, (tokens, every, every, count)))
         assert some == pytest.approx(whole, rel=0.08)
+
+
+def test_a_key_is_asked_of_some_heads_at_a_time_where_a_kernel_cannot_count_all_keys(bundled, monkeypatch):
+    prompt = prompt_in_pieces(load_tokenizer(bundled.path), {"length": 4096, "depth": 0.4, "key": "41975"})
+    rope, heads = resolve_rope("yarn", bundled.model, 4096), []
+
+    def counted(q, k, v, plain=eval_passkey.attention):
+        heads.append((q.shape[2], k.shape[2]))
+        return plain(q, k, v)
+    monkeypatch.setattr(eval_passkey, "attention", counted)
+    all_at_once = ask_in_pieces(bundled.model, rope, [prompt])[0]
+    monkeypatch.setattr(longrope, "AT_ONCE", 4096 * 64 * 2 + 1)  # two query heads share a key head
+    assert {*heads} == {(4, 2)} and ask_in_pieces(bundled.model, rope, [prompt])[0] == pytest.approx(all_at_once, 1e-3)
+    assert {*heads} == {(4, 2), (2, 1)}
 
 
 def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():

@@ -126,7 +126,7 @@ def spreading(table, kept, source):
     table = torch.complex(*table)  # attention factor * e^(i angle), (T, D/2)
     turn = table / table[kept[source]]
     ends = [*((kept.diff() > 1).nonzero().flatten() + 1).tolist(), len(kept)]  # of the pieces
-    seen = [int(kept[end - 1]) + 1 for end in ends]
+    seen = (kept[[end - 1 for end in ends]] + 1).tolist()
 
     def attend(q, k, v):
         k, v, parts = rotate(k[:, source], turn.real, turn.imag), v[:, source], q.tensor_split(ends[:-1], dim=1)

@@ -15,8 +15,7 @@ import longrope
 import search
 from eval_passkey import (FILLER, NEEDLE, PIECES, QUESTION, ask_in_pieces, make_prompt, piece_size, pieces,
                           prompt_in_pieces, tokens_of)
-from longrope import (BUNDLED_MODEL, FORMULAS, Factors, UserError, load_model, load_tokenizer, plain, resolve_rope,
-                      su_factor)
+from longrope import FORMULAS, Factors, UserError, load_tokenizer, plain, resolve_rope, su_factor
 from search import (BASELINES, N_HAT, Space, crossover, first_stage, is_monotone, mutate, promising, recovery,
                     second_stage)
 
@@ -481,8 +480,8 @@ def test_ask_in_pieces_asks_of_all_places_what_the_model_says_of_the_whole_promp
 
 
 @pytest.mark.parametrize("name, n_hat", [("yarn", 0), ("ntk", 0), ("yarn", 64)])
-def test_pieces_say_of_a_key_what_the_whole_prompt_says(name, n_hat):
-    model, tokenizer = load_model(device="cpu"), load_tokenizer(BUNDLED_MODEL)
+def test_pieces_say_of_a_key_what_the_whole_prompt_says(bundled, name, n_hat):
+    model, tokenizer = bundled.model, load_tokenizer(bundled.path)
     rope = resolve_rope(name, model, 4096)
     rope = replace(rope, long=replace(rope.long, n_hat=n_hat))
     for depth in (0, 0.4, 0.9):

@@ -41,6 +41,18 @@ def ramp(problem, slow, middle, turns):
     return replace(problem.base, rescale_factors=tuple(lambdas.round(2).tolist()))
 
 
+def first_sets(args, problem, model):
+    """{factors: name}, on top of the base: ramps, formulas, those given. Equal ones are one."""
+    sets = {f"ramp-{slow:g}-{middle:g}-{turns:g}-{factor:g}": replace(ramp(problem, slow, middle, turns),
+                                                                    attention_factor=factor)
+            for slow, middle, turns, factor in itertools.product(args.slow, args.middle, args.turns, args.attention)
+            if middle > 1 or turns == args.turns[0]}
+    sets |= formulas(problem, args.len)
+    for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
+        sets[f"given-{Path(name).stem}"] = rope.at(args.len).over(problem.base)
+    return {factors: name for name, factors in sets.items()}
+
+
 @torch.inference_mode()
 def end_of(model, text, kept, count):
     """-log p a token of the last `count` of a text's tokens (T,), of which only the places kept (n,) are read."""
@@ -63,10 +75,10 @@ def read_data(args, tokenizer):
     return prompts, anywhere(tokens, args.len, 8, args.seed), pieces(args.len, args.len // 3)  # any middle
 
 
-def main(argv=None):
+def parser():
     p = Parser(__doc__)
-    add, two = p.add_argument, functools.partial(whole, least=2)
-    add("--len", type=two, required=True, help="target length")
+    add = p.add_argument
+    add("--len", type=functools.partial(whole, least=2), required=True, help="target length")
     add("--slow", type=float, nargs="+", default=[0.7, 1], metavar="R", help="default: 0.7 1")
     add("--middle", type=float, nargs="+", default=[4, 8], metavar="M", help="default: 4 8")
     add("--turns", type=float, nargs="+", default=[100, 1000], metavar="T", help="above 1 (default: 100 1000)")
@@ -77,18 +89,15 @@ def main(argv=None):
     add("--pieces", type=functools.partial(whole, least=5), default=17, help="of a prompt or text (default: 17)")
     add("--whole", type=whole, default=1, metavar="N", help="sets to ask in whole prompts (default: 1)")
     add("--out", type=Path, default=Path("out/second"))
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     eval_passkey.PIECES = args.pieces
     model = begin(args)
     tokenizer = load_tokenizer(args.model)
     problem = second_stage(resolve_rope("model", model), args.len)
-    starts = {f"ramp-{slow:g}-{middle:g}-{turns:g}-{factor:g}": replace(ramp(problem, slow, middle, turns),
-                                                                      attention_factor=factor)
-              for slow, middle, turns, factor in itertools.product(args.slow, args.middle, args.turns, args.attention)
-              if middle > 1 or turns == args.turns[0]}
-    starts |= formulas(problem, args.len)
-    for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
-        starts[f"given-{Path(name).stem}"] = rope.at(args.len).over(problem.base)
     prompts, texts, some = read_data(args, tokenizer)
     end = eval_passkey.piece_size(args.len) - 1  # tokens of a text's last piece, save its first
     journal = Journal(args.out / "sets.jsonl", describe(model, tokenizer) | {
@@ -118,7 +127,7 @@ def main(argv=None):
             text, keys = np.mean([row["nll"] for row in rows[:len(texts)]]), [row["nll"] for row in rows[len(texts):]]
             table[name] = text + WEIGHT * math.log1p(np.mean(keys)), text, keys, ropes[name, args.len]
         return dict(zip(population, (table[name][0] for name, _ in ropes), strict=True))
-    starts = {factors: name for name, factors in starts.items()}  # equal ones are one
+    starts = first_sets(args, problem, model)
     largest = max(2 * problem.scale, *(max(it.rescale_factors) for it in starts))
     space = Space((1.0,) * len(problem.base.rescale_factors), largest, (problem.base.n_hat,), (1.0, 1.6))
     sizes = Namespace(population_size=len(starts), num_mutations=5, num_crossovers=3, num_parents=8, turns=1,

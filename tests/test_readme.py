@@ -165,15 +165,16 @@ def test_the_numbers_of_the_second_stage_are_those_in_its_file():
             "whole", "pieces", "spread_9_evenly", "spread_33_evenly", "spread"))] for row in found["untrained"]]
     assert sum(row in untrained for row in cells_of(PAGES[here / "README.md"])) == len(untrained) == 13
     names = {"PI": "pi", "NTK": "ntk", "YaRN": "yarn", "the best ramp by keys": "ramp-1-8-1000-1.3"}
-    weights = {"trained": "trained", "halfway": "averaged", "untrained": "untrained"}
+    weights = {"trained": "trained", "halfway": "averaged", "untrained": "untrained", "at 1e-5": "third"}
     best = {of: min(found[f"{of}_at_2097152"], key=lambda row: sum(row["key_nll"]))["set"] for of in weights.values()}
     compared = {name: cells for name, *cells in cells_of(PAGES[here / "README.md"]) if name.split(",")[0] in weights}
-    assert len(compared) == 8 and best["untrained"] == "ramp-1-8-1000-1.3"
-    whole = [row["loss"] for row in found["second_training"]["steps"] if row["len"] == 262144]
-    books, code = [x for x in whole if x > 3], [x for x in whole if x < 1]
-    books, code = ([f"{sum(some[part]) / 5:.2f}" for part in (slice(5), slice(-5, None))] for some in (books, code))
-    assert (f"of books fell from {books[0]} (the first five) to {books[1]} (the last five), of code from {code[0]} to "
-            f"{code[1]}") in PAGES[here / "README.md"]
+    assert len(compared) == 11 and best["untrained"] == "ramp-1-8-1000-1.3"
+    for training, words in (("second_training", "fell from {} (the first five) to {} (the last five), of code from {} "
+                             "to {}."), ("third_training", "from {} to {} and from {} to {};")):
+        whole = [row["loss"] for row in found[training]["steps"] if row["len"] == 262144]
+        of = [x for x in whole if x > 3], [x for x in whole if x < 1]
+        ends = [f"{sum(some[part]) / 5:.2f}" for some in of for part in (slice(5), slice(-5, None))]
+        assert words.format(*ends) in PAGES[here / "README.md"]
     for name, cells in compared.items():
         of, name = name.split(", ")
         row, = (row for row in found[f"{weights[of]}_at_2097152"] if row["set"] == names.get(name, best[weights[of]]))

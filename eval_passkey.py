@@ -145,16 +145,15 @@ def prompt_in_pieces(tokenizer, trial):
 @torch.inference_mode()
 def ask_in_pieces(model, rope, prompts):
     """(-log p of the keys, a mean over prompts; how many are the argmax all through)."""
-    device, context, nll, found = model.unembedding.device, model.context, 0.0, 0
+    device, nll, found = model.unembedding.device, 0.0, 0
     table = cos, sin = rope.table(len(prompts[0][0]), device)
-    model.context = None  # so little is read that each process does it alone
     for *prompt, count in prompts:
         tokens, kept, source = (x.to(device) for x in prompt)
         tokens, attends = tokens[kept], repeat(spreading(table, kept, source))
+        # so little that each process of a context reads it alone
         hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), attends, len(source))[0, -1 - count:-1]
         nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
         found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
-    model.context = context
     if not math.isfinite(nll):
         raise UserError("the loss of a pass key is not finite: weights or factors are broken")
     return nll, found

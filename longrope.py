@@ -361,10 +361,11 @@ class Llama(nn.Module):
 
     def hidden(self, tokens, table=None, attends=None, keys=0):
         """(B, T) int64 -> (B, T, C), the states whose product with `unembedding` are the logits; with a context those
-        of this process's tokens, (B, T/N, C). `generate` brings the rows of a longer table and caches, eval_passkey.py
-        functions that attend to more `keys` than there are tokens."""
+        of this process's tokens, (B, T/N, C). Who brings `attends`, a function for each layer, brings the tokens that
+        are this process's and their rows of a table: `generate` with caches, eval_passkey.py to attend to more `keys`
+        than there are tokens."""
         cos, sin = table or self.rope.table(tokens.shape[1], tokens.device)  # once, passed down to every layer
-        if context := self.context:
+        if context := None if attends else self.context:
             tokens, cos, sin = context.mine(tokens, 1), context.mine(cos, 0), context.mine(sin, 0)
         attends = attends or repeat(context.attend if context else attention)
         groups = head_groups(self.config, max(tokens.numel(), keys), context.size if context else 1)
@@ -392,9 +393,9 @@ def generate(model, tokens, count, total_length=None, stop=()):
     caches = [Cache(total, model.config, model.unembedding) for _ in model.model.layers]
     if context and (together := (len(tokens) - 1) // (2 * size) * 2 * size):
         attends = [functools.partial(context.attend, cache=cache) for cache in caches]
-        model.hidden(tokens[None, :together], (cos[:together], sin[:together]), attends)
+        mine, *table = (context.mine(x[:together], 0) for x in (tokens, cos, sin))
+        model.hidden(mine[None], table, attends)
         tokens = tokens[together:]
-    model.context = None
     while len(new) < count:
         now = slice(caches[0].filled, caches[0].filled + len(tokens))  # (the rest of) the prompt, then one by one
         last = model.hidden(tokens[None], (cos[now], sin[now]), [cache.attend for cache in caches])[0, -1]
@@ -402,7 +403,6 @@ def generate(model, tokens, count, total_length=None, stop=()):
         if tokens.item() in stop:
             break
         new.append(tokens.item())
-    model.context = context
     return new
 
 

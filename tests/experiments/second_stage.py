@@ -94,6 +94,8 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    if args.context_parallel > 1:
+        raise UserError("no --context-parallel here: each process reads pieces of its own")
     eval_passkey.PIECES = args.pieces
     model = begin(args)
     tokenizer = load_tokenizer(args.model)

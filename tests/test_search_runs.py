@@ -20,11 +20,14 @@ import torch
 import transformers
 from conftest import (WINDOW, complaint, hf_logits, make_rope, processes, random_factors, random_tokens, read_lines,
                       save_tiny)
+from experiments import second_stage
 from test_search import PAIRS, SLOW, good
 from tqdm import tqdm
 
+import eval_passkey
 import longrope
 import search
+from eval_passkey import make_prompt, make_trials
 from longrope import (FORMULAS, Factors, data_hash, load_model, load_rope, load_tokenizer, plain, read_documents,
                       rope_to_dict, sha256_of, su_factor, window_nll, windows, write_json)
 from search import BASELINES, KEY_WEIGHT, N_HAT
@@ -563,3 +566,36 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(init, tiny, books, tmp_path
 def test_an_argument_that_is_no_such_number_ends_at_once(changes, capsys):
     line = complaint(search.main, capsys, *changes.split())
     assert f"argument {changes.split()[0]}: " in line and line.endswith("(--help explains)")
+
+
+def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_the_model(
+        tiny, books, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_passkey, "PIECES", 5)  # and back, whatever the script sets
+    shutil.copytree(tiny, model_path := tmp_path / "model")
+    write_json(model_path / "rope.json", rope_to_dict(FINETUNED))
+    given = ["--model", model_path, "--data", books, "--len", 1024, "--middle", 2, "--turns", 13, "--attention", 1.1,
+             "--iterations", 1, "--depths", 0.3, 0.8, "--pieces", 5, "--out", tmp_path / "out"]
+    for _ in range(2):  # the second time from the journal
+        second_stage.main([str(x) for x in given])
+        rows = [row for row in read_lines(tmp_path / "out/sets.jsonl") if "nll" in row]
+        *lines, whole = capsys.readouterr().out.splitlines()[1:]
+    assert len({str(row) for row in rows}) == len(rows)
+    best, sets = whole.split()[-1], {row["rope"] for row in rows}
+    assert {"ramp-0.7-2-13-1.1", "ramp-1-2-13-1.1", "pi", "ntk", "yarn"} < sets and len(sets) == 5 + 8 == len(lines)
+    model = load_model(model_path, device="cpu")
+    for name in sets:
+        mine = {(row["of"], row["at"]): row["nll"] for row in rows if row["rope"] == name}
+        text, key = (np.mean([mine[at] for at in mine if at[0] == of]) for of in ("text", "key"))
+        line, = (line.split() for line in lines if line.split()[-1] == name)
+        assert float(line[0]) == pytest.approx(text + 0.15 * math.log1p(key), abs=1e-4)
+        assert line == lines[0].split() if name == best else float(line[0]) >= float(lines[0].split()[0])
+        model.rope = load_rope(tmp_path / f"out/{name}.json")
+        assert model.rope.scale == 16 and model.rope.short == FINETUNED.short
+        assert min(np.divide(model.rope.long.rescale_factors, FINETUNED.long.rescale_factors)) > 0.99
+        for depth in (0.3, 0.8) if name == best else ():
+            trial, = make_trials(f"second 0 {depth}", [1024], 1, 1)
+            tokens, count, _ = make_prompt(load_tokenizer(model_path), 1024, depth, trial["key"])
+            assert mine["whole prompt", depth] == pytest.approx(
+                window_nll(model, torch.tensor(tokens), len(tokens) - count).sum().item())
+    text = random_tokens(300)[0]
+    assert second_stage.end_of(model, text, np.arange(300), 40) == pytest.approx(window_nll(model, text, 260).mean())

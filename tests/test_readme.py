@@ -175,6 +175,9 @@ def test_the_numbers_of_the_second_stage_are_those_in_its_file():
         of = [x for x in whole if x > 3], [x for x in whole if x < 1]
         ends = [f"{sum(some[part]) / 5:.2f}" for some in of for part in (slice(5), slice(-5, None))]
         assert words.format(*ends) in PAGES[here / "README.md"]
+    near = [f"{row['key_nll']:.3f}" for row in found["keys_at_65536"] if row["depth"] == 0.25]
+    assert "{} untrained and {} trained at 2e-5 under the set with 1.1, {} untrained and {} trained at 1e-5".format(
+        *near) in PAGES[here / "README.md"]
     for name, cells in compared.items():
         of, name = name.split(", ")
         row, = (row for row in found[f"{weights[of]}_at_2097152"] if row["set"] == names.get(name, best[weights[of]]))

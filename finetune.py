@@ -21,6 +21,7 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 
@@ -47,14 +48,17 @@ from longrope import (BUNDLED_MODEL, Journal, Parser, UserError, barrier, descri
 
 
 def segments(documents, tokenizer, length, bos, eos):
-    """Cut documents into segments, each bookended by BOS and EOS (paper, section 4.1) -> (n, length) int32 a document.
-    What fills no segment is joined to the next document, EOS and BOS between."""
-    body, rest, found = length - 2, np.empty(0, np.int32), 0
-    for _, text in documents:
-        pieces = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]  # all cores at once; seams cost little
-        encoded = tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        between = [eos, bos] if len(rest) and encoded else []
-        tokens = np.concatenate([rest, between, *(e.ids for e in encoded)]).astype(np.int32)
+    """Cut documents into segments, each bookended by BOS and EOS (paper, section 4.1), yielded some at a time,
+    (n, length) int32. What fills no segment is joined to the next document, EOS and BOS between."""
+    body, rest, found, before = length - 2, np.empty(0, np.int32), 0, None
+    pieces = ((document, text[i:i + 100_000]) for document, (_, text) in enumerate(documents)
+              for i in range(0, len(text), 100_000))
+    while some := [*islice(pieces, 64)]:  # for 64 cores at once; seams cost little
+        encoded, parts = tokenizer.encode_batch_fast([text for _, text in some], add_special_tokens=False), [rest]
+        for (document, _), piece in zip(some, encoded):
+            parts += [[eos, bos]] * (document != before and sum(map(len, parts)) % body > 0) + [piece.ids]
+            before = document
+        tokens = np.concatenate(parts).astype(np.int32)
         count = len(tokens) // body
         inner, rest = tokens[:count * body].reshape(count, body), tokens[count * body:]
         found += count

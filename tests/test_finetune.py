@@ -40,7 +40,7 @@ def test_documents_fill_segments_in_order_and_only_the_last_rest_is_lost(tiny, l
     """Most are shorter than a segment, some longer; EOS and BOS stand between two that share one."""
     tokenizer, body, stream = load_tokenizer(tiny), length - 2, []
     ids = tokenizer.encode(prose(99, 400), add_special_tokens=False).ids[:2 * body]  # no rest, so nothing between
-    documents = [("whole", tokenizer.decode(ids)), *((str(i), prose(i, 150 if i % 7 == 0 else 5)) for i in range(60))]
+    documents = [("whole", tokenizer.decode(ids)), *((str(i), prose(i, 150 if i % 7 == 0 else 5)) for i in range(150))]
     for _, text in documents:
         stream += [EOS, BOS] * (len(stream) % body > 0) + tokenizer.encode(text, add_special_tokens=False).ids
     found = cut(documents, tokenizer, length)
@@ -50,7 +50,9 @@ def test_documents_fill_segments_in_order_and_only_the_last_rest_is_lost(tiny, l
 
 def test_a_long_document_loses_nothing_where_it_is_encoded_in_pieces(tiny):
     tokenizer, text = load_tokenizer(tiny), prose(5, 45_000)
-    kept = tokenizer.decode(cut([("long", text)], tokenizer, 64)[:, 1:-1].flatten().tolist())
+    tokens = cut([("long", text)], tokenizer, 64)[:, 1:-1].flatten().tolist()
+    kept = tokenizer.decode(tokens)
+    assert not {BOS, EOS} & {*tokens}
     assert text.startswith(kept) and len(text) - len(kept) < 64 * 10 and len(text) > 200_000
 
 

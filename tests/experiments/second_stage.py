@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import eval_passkey  # noqa: E402
 from eval_passkey import ask_in_pieces, make_trials, pieces, prompt_in_pieces  # noqa: E402
 from eval_ppl import anywhere  # noqa: E402
-from longrope import (Journal, Parser, UserError, begin, data_hash, describe,  # noqa: E402
-                      inv_freq_of, load_tokenizer, measured, over_window, rank, read_documents, recorded, resolve_rope,
-                      resolve_ropes, rope_to_dict, run, say, token_nll, whole, write_json)
+from finetune import in_pieces  # noqa: E402
+from longrope import (Journal, Parser, UserError, begin, data_hash, describe, inv_freq_of,  # noqa: E402
+                      load_tokenizer, measured, rank, read_documents, recorded, resolve_rope, resolve_ropes,
+                      rope_to_dict, run, say, token_nll, whole, window_nll, write_json)
 from search import Space, formulas, search, second_stage  # noqa: E402
 
 WEIGHT = 0.15  # of the key: its NLL is larger here than where search.py has 0.03
@@ -68,8 +69,7 @@ def read_data(args, tokenizer):
     prompts = {depth: prompt_in_pieces(tokenizer, trial | {"depth": depth}) for depth in args.depths
                for trial in make_trials(f"second {args.seed} {depth}", [args.len], 1, 1)}
     text = " ".join(text for _, text in read_documents(args.data, args.len))
-    tokens = torch.tensor([i for e in tokenizer.encode_batch_fast(
-        [text[at:at + 100_000] for at in range(0, len(text), 100_000)], add_special_tokens=False) for i in e.ids])
+    tokens = torch.tensor([i for some in in_pieces([text], tokenizer) for _, ids in some for i in ids])
     if len(tokens) < args.len:
         raise UserError(f"{len(tokens)} tokens in all documents, fewer than --len {args.len}: give more --data")
     return prompts, anywhere(tokens, args.len, 8, args.seed), pieces(args.len, args.len // 3)  # any middle
@@ -115,7 +115,7 @@ def main(argv=None):
         if task["of"] == "key":
             return {"nll": ask_in_pieces(model, model.rope, [prompt])[0]}
         tokens, *_, count = prompt
-        return {"nll": over_window(model, tokens, len(tokens) - count).sum().item()}
+        return {"nll": window_nll(model, tokens, len(tokens) - count).sum().item()}
 
     def evaluate(population, iteration):
         """{candidate: fitness}; each is written, and a line of the table."""

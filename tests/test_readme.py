@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from importlib import import_module
+from statistics import fmean
 
 import pytest
 from conftest import ROOT
@@ -117,11 +118,13 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
         ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
         ("static YaRN for 4 times", "yarn:4"), ("searched for 262144", "262144.rope.json"),
         ("... with attention factor 1", "262144-factor-1.rope.json"),
-        ("searched for 131072, from that set", "131072.rope.json"))}
+        ("searched for 131072, from that set", "131072.rope.json"),
+        ("searched for 262144 on the 0.5B", "onto.rope.json"))}
     assert small == {name: qwen_cells(plots, rope, 3, "-0.5b", asked=10) for name, rope in (
         ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
         ("static YaRN for 4 times", "yarn:4"), ("searched for 262144 on the 1.5B", "carried.rope.json"),
-        ("searched for 262144", "alone.rope.json"), ("... beginning with the 1.5B's", "0.5b.rope.json"))}
+        ("searched for 262144", "alone.rope.json"), ("... beginning with the 1.5B's", "0.5b.rope.json"),
+        ("... that, keys asked as today", "again.rope.json"), ("searched for 524288, in pieces", "half.rope.json"))}
     nll, tokens = Counter(), Counter()  # of transformers; some rows are halves of one
     for part in json.loads((here / "in_transformers.json").read_text()):
         for row in part["rows"]:
@@ -131,6 +134,18 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
             tokens[name, row["length"]] += row["tokens"]
     shown = {(name, length): cell for name, cells in theirs.items() for length, cell in cells.items()}
     assert shown == {at: f"{math.exp(total / tokens[at]):.3f}" for at, total in nll.items()}
+
+
+def test_the_numbers_of_ruler_are_those_in_its_file():
+    here, scores = ROOT / "results/qwen2.5-coder", {}
+    for row in map(json.loads, (here / "ruler.jsonl").read_text().splitlines()[2:]):
+        scores.setdefault((row["rope"], str(row["length"])), {}).setdefault(row["task"], []).append(100 * row["score"])
+    names = {"plain RoPE": "none", "static YaRN for 4 times": "yarn:4", "searched for 262144": "262144.rope.json"}
+    shown = {(names[row[0]], row[1]): row[2:] for row in cells_of(PAGES[here / "README.md"]) if len(row) == 9
+             and row[0] in names}
+    assert {len(some) for tasks in scores.values() for some in tasks.values()} == {20}
+    assert shown == {at: [f"{x:.1f}" for x in (*map(fmean, tasks.values()), fmean(map(fmean, tasks.values())))]
+                     for at, tasks in scores.items()}
 
 
 def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):

@@ -695,8 +695,8 @@ def check_rope(rope):
     for name, f in (("trained", rope.trained), ("long", rope.long), ("short", rope.short or rope.long)):
         if len(f.rescale_factors) != pairs:
             raise ValueError(f"{name}_factor has {len(f.rescale_factors)} factors, needs {pairs}")
-        if not all(0.99 < x < 1e6 for x in f.rescale_factors):  # published ones begin at 0.9978
-            raise ValueError(f"{name}_factor: factors must be from 1 to a million, not {min(f.rescale_factors):g}")
+        if wrong := [x for x in f.rescale_factors if not 0.99 < x < 1e6]:  # published ones begin at 0.9978
+            raise ValueError(f"{name}_factor: factors must be from 1 to a million, not {wrong[0]:g}")
         if not (0 <= f.n_hat < 2**40 and 0.01 < f.attention_factor < 100):
             raise ValueError(f"{name}: n_hat must be 0 or more, the attention factor between 0.01 and 100")
     if not (0 < window < 2**40 and 1 < rope.rope_theta < 1e15 and 0 < rope.scale < 1e6 and rope.short_max_length >= 0):
@@ -873,7 +873,7 @@ def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=No
     with reading(f"device {device}"):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # where kernels are started
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -921,9 +921,9 @@ def weight_files(path):
 
 def model_directory(path):
     """NAME/REPO that is no directory is fetched from the Hub, the needed files only."""
-    if (path := Path(path)).is_dir():
-        return path
-    if len(path.parts) != 2 or path.parts[0] in ("/", ".", ".."):
+    if (found := Path(path)).is_dir():
+        return found
+    if len(found.parts) != 2 or str(path)[0] in "./":
         raise UserError(f"model {path}: no such directory")
     with reading(f"model {path}: no such directory, and the Hub says"):
         from huggingface_hub import snapshot_download  # here, so that all else works without it
@@ -1087,10 +1087,11 @@ def once(named):
     """(name, tokens) without those whose tokens an earlier one has: what was searched on is not unseen."""
     seen = {}
     for name, tokens in named:
-        if (first := seen.setdefault(data_hash([tokens]), name)) is name:
-            yield name, tokens
+        if (key := data_hash([tokens])) in seen:
+            warn(f"{name}: the same {len(tokens)} tokens as {seen[key]}, counts once")
         else:
-            warn(f"{name}: the same {len(tokens)} tokens as {first}, counts once")
+            seen[key] = name
+            yield name, tokens
 
 
 def data_hash(tokens):

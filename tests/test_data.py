@@ -97,6 +97,7 @@ def test_the_same_text_twice_is_one_document_and_it_is_said(tiny, books, tmp_pat
     found = windows(read_documents(twice), tokenizer, 64, 4)
     assert [name for name, _ in found] == ["book1.txt", "book0.txt", "book2.txt", "book3.txt"]
     assert capsys.readouterr().err == "book1.txt: the same 64 tokens as book1.txt, counts once\n"
+    assert len(windows(read_documents(twice[:1] * 2), tokenizer, 64, 4)) == 1  # whose names are one object
     command = ["--model", tiny, "--rope", "none", "--len", "64", "--windows", "2", "--device", "cpu"]
     for data in (twice, [books]):
         eval_ppl.main([*map(str, command), "--out", str(tmp_path / str(len(data))), "--data", *map(str, data)])

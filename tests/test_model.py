@@ -377,9 +377,11 @@ def test_a_device_or_a_path_that_is_not_there_is_the_users_mistake(tiny, tmp_pat
     for device in ("abacus", "cuda:99"):
         with pytest.raises(UserError, match=f"device {device}"):
             load_model(tiny, device=device)
-    for path in (tmp_path / "nowhere", "./nowhere", "nowhere", tmp_path):
-        with pytest.raises(UserError, match=r"nowhere: no such directory|config\.json: .*No such file"):
+    assert load_model(tiny, device="cpu:0").unembedding.device.type == "cpu"
+    for path in (tmp_path / "nowhere", "./nowhere", "./out/nowhere", "nowhere", tmp_path):
+        with pytest.raises(UserError, match=r"nowhere: no such directory|config\.json: .*No such file") as e:
             load_model(path, device="cpu")
+        assert "Hub" not in str(e.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

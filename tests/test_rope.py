@@ -220,7 +220,7 @@ ONES = [1.0] * 31
         ("long", 0.0), ("long", 0.9), ("short", 1e300), ("trained", -1.0))],
     *[({key: value}, "is not a number") for key, value in (("attention_factor", math.nan), ("factor", math.inf))],
     *[({"long_factor": [bad, *ONES]}, "is not a number") for bad in ("1.5", None, True)],
-    ({"trained_factor": ONES}, "needs 31"), ({"long_factor": ONES}, "31"),
+    ({"long_factor": [*ONES, 2e6]}, "not 2e"), ({"trained_factor": ONES}, "needs 31"), ({"long_factor": ONES}, "31"),
     ({"long_factor": "1" * 32}, "long_factor is not a list"), ({"long_factor": 2.0}, "not a list"),
     ({"attention_factor": 0}, "attention factor"), ({"attention_factor": "1"}, "is not a number"),
     ({"rope_theta": -1.0}, "above 1"), ({"factor": 0.0}, "above 0"), ({"factor": 1e300}, "finite"),

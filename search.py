@@ -185,7 +185,7 @@ class Problem:
         found, window = candidate.on(self.base), self.rope.original_max_position_embeddings
         if self.short:
             return replace(self.rope, short=found, short_max_length=max(length, window))
-        return replace(self.rope, long=found, scale=length / window, short=self.rope.short or self.rope.trained,
+        return replace(self.rope, long=found, scale=length / window, short=self.rope.short or self.base,
                        short_max_length=self.rope.short_max_length or window)
 
 
@@ -515,7 +515,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     model = begin(args)
     fill_in(args, model)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(model.path)
     share_sequences(model, args.context_parallel, [args.len])
     problem = problem_of(args, model)
     start = resolve_rope(args.start, model, args.len).at(args.len) if args.start else None

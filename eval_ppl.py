@@ -78,7 +78,7 @@ def measure(model, scored, together):
 
 def read_windows(args, lengths, model):
     """{length: (what a row says of its data, [(tokens, first), ...])}, the same for all ropes."""
-    tokenizer, found = load_tokenizer(args.model), {}
+    tokenizer, found = load_tokenizer(model.path), {}
     total = args.doc_tokens or lengths[-1] + 10 * args.stride
     documents = windows(read_documents(args.data, 5 * total), tokenizer, total, args.samples, cut=not args.windows)
     texts = [in_vocabulary(model, tokens) for _, tokens in documents]
@@ -149,7 +149,7 @@ def main(argv=None):
     if args.windows and (args.stride or args.doc_tokens):
         raise UserError("--windows goes without --stride and --doc-tokens")
     data = read_windows(args, lengths, model)
-    journal, rows = Journal(out / "ppl.jsonl", describe(model, load_tokenizer(args.model)), recorded(args)), []
+    journal, rows = Journal(out / "ppl.jsonl", describe(model, load_tokenizer(model.path)), recorded(args)), []
     warm_up(model, lengths[-1])
     say(f"s of pi, ntk and yarn: length / {model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)

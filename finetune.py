@@ -158,7 +158,7 @@ def learning_rate(step, steps, peak, warmup, schedule):
     """Linear warm-up from 0 to `peak`, then linear decay to 0, or constant."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (1 - (step - warmup) / max(1, steps - warmup)) if schedule == "linear" else peak
+    return peak * (1 - (step - warmup) / (steps - warmup)) if schedule == "linear" else peak
 
 
 def train_step(model, optimizer, batch, micro_batch_size, compute_dtype, device):
@@ -193,7 +193,7 @@ def train(model, data, device, args, journal, asked):
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     start = load_checkpoint(args.out, model, optimizer)
-    journal.cut(start)
+    journal.cut(sum(row["step"] < start for row in journal.rows))
     bar = tqdm(range(start, args.steps), "train", args.steps, initial=start, smoothing=0.05, disable=rank() > 0)
     for step in bar:
         begun = time.perf_counter()
@@ -398,7 +398,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     model, device = load(args)
     model.rope, out = complete(args, model, device), args.out
-    tokenizer, (bos, eos) = load_tokenizer(args.model), bookends(model)
+    tokenizer, (bos, eos) = load_tokenizer(model.path), bookends(model)
     read = partial(read_documents, args.data, 0, slice(5, None))
     say(f"fine-tuning {args.model} on segments of {args.len} tokens, rope {args.rope or 'of the model'}; {args.steps} "
         f"steps of {args.batch_size} segments, lr {args.lr:g}; {world_size()} processes on {device.type}, "

@@ -3,6 +3,7 @@ import errno
 import gc
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -395,6 +396,16 @@ def test_a_damaged_checkpoint_is_one_line(stopped, command, capsys, file, damage
     damage(next((stopped / "checkpoint-4").glob(file)))
     assert str(stopped / "checkpoint-4") in trouble(command(stopped), capsys)
     assert len(steps(stopped)) == 4
+
+
+def test_a_step_stands_in_the_log_once_also_behind_a_garbled_line(command, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "loss_of", failing(finetune.loss_of, 10, OSError("stop")))
+        trouble(command(tmp_path), capsys)  # in its sixth step, with a checkpoint of four
+    log = tmp_path / "log.jsonl"
+    log.write_text(re.sub(r'{"step": 1,.*', '{"step": ', log.read_text()))
+    finetune.main(command(tmp_path))
+    assert re.findall(r'"step": (\d+),', log.read_text()) == [str(step) for step in range(STEPS) if step != 1]
 
 
 def test_the_second_of_two_runs_in_one_directory_is_refused(finetuned, command, tmp_path, capsys, monkeypatch):

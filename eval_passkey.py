@@ -67,7 +67,7 @@ def make_trials(seed, lengths, depths, count):
 
 
 def ask(model, tokenizer, trial, by_generating):
-    """The trial with its answer. `exact`: greedy decoding begins with the key's own tokens; `hit` is what counts."""
+    """What is measured of a trial. `exact`: greedy decoding begins with the key's own tokens; `hit` is what counts."""
     tokens, count, _ = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
     cuda = model.unembedding.is_cuda
     if cuda:
@@ -84,8 +84,8 @@ def ask(model, tokenizer, trial, by_generating):
     text, exact = tokenizer.decode(answer), answer[:count] == tokens[-count:]
     number = re.search(r"\d+", text)
     hit = bool(number and number[0] == trial["key"]) if by_generating else exact
-    return trial | {"answer": text, "hit": hit, "exact": exact, "seconds": round(seconds, 4),
-                    "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None}
+    return {"answer": text, "hit": hit, "exact": exact, "seconds": round(seconds, 4),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,13 +99,13 @@ def piece_size(length):
     return min(max(length // 64, 128), 512)
 
 
-def pieces(length, middle):
-    """The places (n,) of a prompt's tokens (T,) that are read, PIECES pieces, some adjoining: one around the key line,
+def pieces(length, middle, count=PIECES):
+    """The places (n,) of a prompt's tokens (T,) that are read, `count` pieces, some adjoining: one around the key line,
     whose middle is given, half of the others evenly from the start to the question, half ever closer to the start,
     where a token has little filler before it."""
     size = min(piece_size(length), length)
-    even = np.linspace(0, length - size, PIECES // 2)
-    closer = np.geomspace(size, max(length - size, 1), (PIECES + 1) // 2)[:-1]
+    even = np.linspace(0, length - size, count // 2)
+    closer = np.geomspace(size, max(length - size, 1), (count + 1) // 2)[:-1]
     starts = np.concatenate([even, closer, [middle - size // 2]]).round().astype(int)
     return np.unique(np.clip(np.add.outer(starts, np.arange(size)), 0, length - 1))
 
@@ -134,28 +134,30 @@ def spreading(table, kept, source):
     return attend
 
 
-def prompt_in_pieces(tokenizer, trial):
+def prompt_in_pieces(tokenizer, trial, count=PIECES):
     """(tokens (T,), places that are read (n,), their sources (T,), tokens of the key)"""
     tokens, answer, middle = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
-    kept = pieces(len(tokens), middle)
+    kept = pieces(len(tokens), middle, count)
     source = sources(kept, len(tokens), len(tokens_of(tokenizer, FILLER)))
     return torch.tensor(tokens), torch.from_numpy(kept), torch.from_numpy(source), answer
 
 
 @torch.inference_mode()
 def ask_in_pieces(model, rope, prompts):
-    """(-log p of the keys, a mean over prompts; how many are the argmax all through)."""
+    """(-log p of the keys, a mean over prompts; how many are the argmax all through). Without sources what is read
+    attends to itself alone."""
     device, nll, found = model.unembedding.device, 0.0, 0
     table = cos, sin = rope.table(len(prompts[0][0]), device)
-    for *prompt, count in prompts:
-        tokens, kept, source = (x.to(device) for x in prompt)
-        tokens, attends = tokens[kept], repeat(spreading(table, kept, source))
+    for tokens, kept, source, count in prompts:
+        kept, tokens = kept.to(device), tokens.to(device)[kept.to(device)]
+        attend = attention if source is None else spreading(table, kept, source.to(device))
         # so little that each process of a context reads it alone
-        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), attends, len(source))[0, -1 - count:-1]
+        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), repeat(attend),
+                              len(kept if source is None else source))[0, -1 - count:-1]
         nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
         found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
     if not math.isfinite(nll):
-        raise UserError("the loss of a pass key is not finite: weights or factors are broken")
+        raise UserError("the loss is not finite: weights or factors are broken")
     return nll, found
 
 
@@ -197,7 +199,7 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     model = begin(args)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(model.path)
     lengths = sorted(set(args.len or [8 * model.window]))
     out = args.out or Path(f"out/passkey-{lengths[-1]}")
     share_sequences(model, args.context_parallel, lengths)

@@ -24,10 +24,9 @@ from experiments import second_stage
 from test_search import PAIRS, SLOW, good
 from tqdm import tqdm
 
-import eval_passkey
 import longrope
 import search
-from eval_passkey import make_prompt, make_trials
+from eval_passkey import ask_in_pieces, make_prompt, make_trials, prompt_in_pieces
 from longrope import (FORMULAS, Factors, data_hash, load_model, load_rope, load_tokenizer, plain, read_documents,
                       rope_to_dict, sha256_of, su_factor, window_nll, windows, write_json)
 from search import BASELINES, KEY_WEIGHT, N_HAT
@@ -569,19 +568,23 @@ def test_an_argument_that_is_no_such_number_ends_at_once(changes, capsys):
 
 
 def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_the_model(
-        tiny, books, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eval_passkey, "PIECES", 5)  # and back, whatever the script sets
+        tiny, books, tmp_path, capsys):
     shutil.copytree(tiny, model_path := tmp_path / "model")
     write_json(model_path / "rope.json", rope_to_dict(FINETUNED))
+    for name, factors in (("falling", FINETUNED.long.rescale_factors[::-1]), ("below", (1.0,) * PAIRS)):
+        (tmp_path / name).mkdir()  # on top of the model's
+        write_json(tmp_path / name / "rope.json", rope_to_dict(make_rope(factors, 16.0)))
     given = ["--model", model_path, "--data", books, "--len", 1024, "--middle", 2, "--turns", 13, "--attention", 1.1,
-             "--iterations", 1, "--depths", 0.3, 0.8, "--pieces", 5, "--out", tmp_path / "out"]
+             "--rope", *(tmp_path / name / "rope.json" for name in ("falling", "below")), "--iterations", 1,
+             "--depths", 0.3, 0.8, "--pieces", 5, "--out", tmp_path / "out"]
     for _ in range(2):  # the second time from the journal
         second_stage.main([str(x) for x in given])
         rows = [row for row in read_lines(tmp_path / "out/sets.jsonl") if "nll" in row]
         *lines, whole = capsys.readouterr().out.splitlines()[1:]
     assert len({str(row) for row in rows}) == len(rows)
     best, sets = whole.split()[-1], {row["rope"] for row in rows}
-    assert {"ramp-0.7-2-13-1.1", "ramp-1-2-13-1.1", "pi", "ntk", "yarn"} < sets and len(sets) == 5 + 8 == len(lines)
+    assert {"ramp-0.7-2-13-1.1", "ramp-1-2-13-1.1", "pi", "ntk", "yarn", "given-falling", "given-below"} < sets
+    assert len(sets) == 7 + 8 == len(lines)
     model = load_model(model_path, device="cpu")
     for name in sets:
         mine = {(row["of"], row["at"]): row["nll"] for row in rows if row["rope"] == name}
@@ -597,5 +600,9 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
             tokens, count, _ = make_prompt(load_tokenizer(model_path), 1024, depth, trial["key"])
             assert mine["whole prompt", depth] == pytest.approx(
                 window_nll(model, torch.tensor(tokens), len(tokens) - count).sum().item())
+            prompt = prompt_in_pieces(load_tokenizer(model_path), trial | {"depth": depth}, 5)
+            assert mine["key", depth] == pytest.approx(ask_in_pieces(model, model.rope, [prompt])[0])
+            assert len(prompt[1]) <= 5 * 128  # of 1024 places
     text = random_tokens(300)[0]
-    assert second_stage.end_of(model, text, np.arange(300), 40) == pytest.approx(window_nll(model, text, 260).mean())
+    assert ask_in_pieces(model, model.rope, [(text, torch.arange(300), None, 40)])[0] == pytest.approx(
+        window_nll(model, text, 260).sum().item())

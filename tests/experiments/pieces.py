@@ -32,14 +32,14 @@ def main():
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     every, asked = torch.arange(args.len), {}
 
-    def prompts_of(seed, count):
-        return [eval_passkey.prompt_in_pieces(tokenizer, trial)
+    def prompts_of(seed, count, number=eval_passkey.PIECES):
+        return [eval_passkey.prompt_in_pieces(tokenizer, trial, number)
                 for trial in eval_passkey.make_trials(seed, [args.len], count, 1)]
     whole = [(tokens, every, every, key) for tokens, _, _, key in prompts_of("whole", args.keys)]
     for number, size, count in ((9, 128, 5), (9, 256, 5), (9, 512, 5), (5, 512, 5), (17, 512, 5),
                                 (9, 512, 3), (9, 512, 10), (9, 512, 30)):
-        eval_passkey.PIECES, eval_passkey.piece_size = number, lambda length, size=size: size
-        prompts = prompts_of("pieces", count)
+        eval_passkey.piece_size = lambda length, size=size: size
+        prompts = prompts_of("pieces", count, number)
         asked[f"{count} prompts, {number} pieces of {size}"] = prompts
     rows = []
     for name in args.rope:

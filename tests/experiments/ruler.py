@@ -119,8 +119,8 @@ def ask(model, tokenizer, trial, chat, seed):
     eos, begun = model.config.hf.get("eos_token_id"), time.perf_counter()
     stop = [*(eos if isinstance(eos, list) else [eos]), *[tokenizer.token_to_id("<|im_end|>")] * chat]
     text = tokenizer.decode(generate(model, tokens, TASKS[trial["task"]][1], trial["length"], stop))
-    return trial | {"tokens": len(tokens), "score": sum(e.lower() in text.lower() for e in expected) / len(expected),
-                    "output": text[:200], "expected": expected, "seconds": round(time.perf_counter() - begun, 3)}
+    return {"tokens": len(tokens), "score": sum(e.lower() in text.lower() for e in expected) / len(expected),
+            "output": text[:200], "expected": expected, "seconds": round(time.perf_counter() - begun, 3)}
 
 
 def main(argv=None):

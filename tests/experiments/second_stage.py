@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-import eval_passkey  # noqa: E402
-from eval_passkey import ask_in_pieces, make_trials, pieces, prompt_in_pieces  # noqa: E402
+from eval_passkey import ask_in_pieces, make_trials, piece_size, pieces, prompt_in_pieces  # noqa: E402
 from eval_ppl import anywhere  # noqa: E402
 from finetune import in_pieces  # noqa: E402
 from longrope import (Journal, Parser, UserError, begin, data_hash, describe, inv_freq_of,  # noqa: E402
                       load_tokenizer, measured, rank, read_documents, recorded, resolve_rope, resolve_ropes,
-                      rope_to_dict, run, say, token_nll, whole, window_nll, write_json)
+                      rope_to_dict, run, say, title_of, whole, window_nll, write_json)
 from search import Space, formulas, search, second_stage  # noqa: E402
 
 WEIGHT = 0.15  # of the key: its NLL is larger here than where search.py has 0.03
@@ -50,29 +49,22 @@ def first_sets(args, problem, model):
             if middle > 1 or turns == args.turns[0]}
     sets |= formulas(problem, args.len)
     for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
-        sets[f"given-{Path(name).stem}"] = rope.at(args.len).over(problem.base)
+        given = rope.at(args.len).over(problem.base)
+        lambdas = np.maximum.accumulate(np.maximum(given.rescale_factors, 1)).round(2)
+        sets[f"given-{title_of(name)}"] = replace(given, rescale_factors=tuple(lambdas.tolist()))
     return {factors: name for name, factors in sets.items()}
-
-
-@torch.inference_mode()
-def end_of(model, text, kept, count):
-    """-log p a token of the last `count` of a text's tokens (T,), of which only the places kept (n,) are read."""
-    cos, sin = model.rope.table(len(text), model.unembedding.device)
-    kept = torch.from_numpy(kept).to(cos.device)
-    text = text.to(cos.device)[kept]
-    hidden = model.hidden(text[None], (cos[kept], sin[kept]))[0, -1 - count:-1]
-    return token_nll(hidden, model.unembedding, text[-count:]).mean().item()
 
 
 def read_data(args, tokenizer):
     """{depth: its prompt, for ask_in_pieces}, [tokens of a text], the places kept of each."""
-    prompts = {depth: prompt_in_pieces(tokenizer, trial | {"depth": depth}) for depth in args.depths
+    prompts = {depth: prompt_in_pieces(tokenizer, trial | {"depth": depth}, args.pieces) for depth in args.depths
                for trial in make_trials(f"second {args.seed} {depth}", [args.len], 1, 1)}
-    text = " ".join(text for _, text in read_documents(args.data, args.len))
+    text = " ".join(text for _, text in read_documents(args.data))
     tokens = torch.tensor([i for some in in_pieces([text], tokenizer) for _, ids in some for i in ids])
     if len(tokens) < args.len:
         raise UserError(f"{len(tokens)} tokens in all documents, fewer than --len {args.len}: give more --data")
-    return prompts, anywhere(tokens, args.len, 8, args.seed), pieces(args.len, args.len // 3)  # any middle
+    kept = torch.from_numpy(pieces(args.len, args.len // 3, args.pieces))  # any middle
+    return prompts, anywhere(tokens, args.len, 8, args.seed), kept
 
 
 def parser():
@@ -83,7 +75,7 @@ def parser():
     add("--middle", type=float, nargs="+", default=[4, 8], metavar="M", help="default: 4 8")
     add("--turns", type=float, nargs="+", default=[100, 1000], metavar="T", help="above 1 (default: 100 1000)")
     add("--attention", type=float, nargs="+", default=[1.2, 1.3], metavar="A", help="factors (default: 1.2 1.3)")
-    add("--rope", nargs="+", default=[], help="rope.json of more sets, as they are")
+    add("--rope", nargs="+", default=[], help="rope.json of more sets, put in order and to at least 1")
     add("--iterations", type=whole, default=10, help="generations of 8 candidates after those (default: 10)")
     add("--depths", type=float, nargs="+", default=[0.02, 0.25, 0.5, 0.8], help="of the keys (default: .02 .25 .5 .8)")
     add("--pieces", type=functools.partial(whole, least=5), default=17, help="of a prompt or text (default: 17)")
@@ -96,12 +88,11 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.context_parallel > 1:
         raise UserError("no --context-parallel here: each process reads pieces of its own")
-    eval_passkey.PIECES = args.pieces
     model = begin(args)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(model.path)
     problem = second_stage(resolve_rope("model", model), args.len)
     prompts, texts, some = read_data(args, tokenizer)
-    end = eval_passkey.piece_size(args.len) - 1  # tokens of a text's last piece, save its first
+    end = piece_size(args.len) - 1  # tokens of a text's last piece, save its first
     journal = Journal(args.out / "sets.jsonl", describe(model, tokenizer) | {
         "len": args.len, "pieces": args.pieces, "data_sha256": data_hash(texts)}, recorded(args))
     asked = [{"length": args.len, "of": of, "at": at} for of, places in (("text", range(len(texts))), ("key", prompts))
@@ -110,7 +101,7 @@ def main(argv=None):
 
     def measure(task):
         if task["of"] == "text":
-            return {"nll": end_of(model, texts[task["at"]], some, end)}
+            return {"nll": ask_in_pieces(model, model.rope, [(texts[task["at"]], some, None, end)])[0] / end}
         prompt = prompts[task["at"]]
         if task["of"] == "key":
             return {"nll": ask_in_pieces(model, model.rope, [prompt])[0]}

@@ -128,7 +128,7 @@ def parser():
     p.add_argument("--len", type=natural, nargs="+", help="tokens in a window (default: 8 times the model's)")
     p.add_argument("--samples", type=natural, default=10, help="documents (default: 10)")
     p.add_argument("--stride", type=whole, default=0,
-                   help="tokens a window moves by, 256 in the paper (default: 0, one window a document)")
+                   help="tokens a window moves by, 256 in the paper (default: the window, one after another)")
     p.add_argument("--doc-tokens", type=natural, help="read of each document, in windows one after another or "
                    "--stride apart (default: the longest --len; with --stride 10 strides more)")
     p.add_argument("--windows", type=few, metavar="N",

@@ -321,9 +321,9 @@ def parser():
                    "bundled one out/search-LEN/rope.json or assets/rope.json)")
     p.add_argument("--len", type=natural, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=mixed, nargs="+", default=[], metavar="LEN[:TIMES]",
-                   help="each step is of whole segments or, as likely or TIMES as likely, of pieces of one of these "
-                   "lengths, which divide --len (LEN itself counts once more); pieces that the short set serves are "
-                   "trained under it, lest the window is forgotten (default: whole segments alone)")
+                   help="each step is of whole segments or of pieces of one of these lengths, which divide --len, each "
+                   "as likely, or TIMES times, as whole segments (--len itself adds to these); pieces that the short "
+                   "set serves are trained under it, lest the window is forgotten (default: whole segments alone)")
     p.add_argument("--steps", type=natural, default=20, help="optimizer steps (default: 20)")
     p.add_argument("--lr", type=float, default=2e-5, help="peak learning rate (default: 2e-5)")
     p.add_argument("--schedule", choices=["linear", "constant"], default="linear", help="decay (default: linear)")
@@ -331,7 +331,7 @@ def parser():
     p.add_argument("--batch-size", type=natural, help="segments in a step (default: 32, on CPUs 1)")
     p.add_argument("--micro-batch-size", type=natural, default=1, help="segments on a device at a time (default: 1)")
     p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
-                   help="compute all but attention again in the backward pass (default: if it saves over some 25 GiB)")
+                   help="compute all but attention again in the backward pass (default: if it saves over 25 GiB a GPU)")
     p.add_argument("--save-every", type=natural, default=50, help="steps between checkpoints (default: 50)")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/finetune-LEN)")
     return p

@@ -427,23 +427,23 @@ def say_cost(args, model, documents, prompts, candidates, ropes):
 def parser():
     p = Parser(__doc__)
     add = p.add_argument
-    add("--len", type=partial(whole, least=2), help="target length (default: 8 windows of the model, with --short one)")
+    add("--len", type=partial(whole, least=2), help="target length (default: 8 times the window L, with --short L)")
     add("--samples", type=natural, default=1, metavar="N",
-        help="documents a candidate is evaluated on, in turn those of the search; of 10 documents, on a CPU 4, or 2 N "
-        "half are to compare on (default: 1; the paper: all 5)")
+        help="documents a candidate is evaluated on, in turn those of the search: half of the 10 that are read, on a "
+        "CPU 4, or 2 N; the others are to compare on (default: 1; the paper: all 5)")
     for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
         add(f"--{key.replace('_', '-')}", type=partial(whole, least=least, most=100_000), metavar="N",
             help=f"{what} (default: {SIZES[key]}" + f", on a CPU {ON_CPU[key]}" * (SIZES[key] != ON_CPU[key]) + ")")
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
-        help="search = a gene (default: 0, as transformers and vLLM know none)")
+        help="first tokens that no factor changes; search = a gene (default: 0, as transformers and vLLM know none)")
     add("--attention-factor", choices=["su", "yarn", "none", "search"],
-        help="su = sqrt(1 + ln s / ln L0), yarn = 0.1 ln s + 1, none = 1, search = a gene (default: search; with "
-        "--short and --export the long set's, since Hugging Face has one for both)")
-    add("--slow-least", type=float, metavar="R", help="no factor below R s, R up to 1.25, for slow pairs, those that "
-        f"make no full turn within the window: it keeps pass keys (default: {SLOW_LEAST}; 0, as "
-        "in the paper, with --fitness ppl or --short)")
+        help="su = sqrt(1 + ln s / ln L), yarn = 0.1 ln s + 1, s = --len / L; none = 1; search = a gene (default: "
+        "search; with --short and --export the long set's, since Hugging Face has one for both)")
+    add("--slow-least", type=float, metavar="R", help="the bound: no factor below R s, R s at most the largest "
+        "factor, 1.25 s, for slow pairs, those that make no full turn within the window: it keeps pass keys (default: "
+        f"{SLOW_LEAST}; 0, as in the paper, with --fitness ppl or --short)")
     add("--start-from", dest="start", type=Path, metavar="ROPE",
         help="rope.json, say of another length, whose factors, put within the bounds, are a first candidate, too")
     add("--init", type=Path, metavar="ROPE",
@@ -453,11 +453,11 @@ def parser():
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
     add("--fitness", choices=["keys", "ppl"],
         help=f"keys = NLL a token + {KEY_WEIGHT} log(1 + NLL of a pass key), ppl = the first alone, as in the paper "
-        "(default: keys, but ppl where by keys plain RoPE beats the formulas)")
-    add("--max-evals", type=natural, metavar="N", help="stop after so many candidates")
-    add("--out", type=Path, help="directory of the result (default: out/search-LEN, or -LEN-short)")
-    add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory with the result and a copy of "
-        "the weights, too; --n-hat 0 only")
+        "(default: keys, but without --short ppl where by keys plain RoPE beats the formulas)")
+    add("--max-evals", type=natural, metavar="N", help="stop after so many candidates (default: all)")
+    add("--out", type=Path, help="directory of the result (default: out/search-LEN[-short])")
+    add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory, a new one, with the result and "
+        "a copy of the weights, too; --n-hat 0 only")
     return p
 
 

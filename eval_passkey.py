@@ -149,7 +149,7 @@ def ask_in_pieces(model, rope, prompts):
     device, nll, found = model.unembedding.device, 0.0, 0
     table = cos, sin = rope.table(len(prompts[0][0]), device)
     for tokens, kept, source, count in prompts:
-        kept, tokens = kept.to(device), tokens.to(device)[kept.to(device)]
+        tokens, kept = tokens[kept].to(device), kept.to(device)
         attend = attention if source is None else spreading(table, kept, source.to(device))
         # so little that each process of a context reads it alone
         hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), repeat(attend),

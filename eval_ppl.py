@@ -76,10 +76,9 @@ def measure(model, scored, together):
 # Here the lesson ends. What follows is plumbing: documents, plots, arguments, the table.
 
 
-def read_windows(args, lengths, model):
+def read_windows(args, lengths, model, tokenizer):
     """{length: (what a row says of its data, [(tokens, first), ...])}, the same for all ropes."""
-    tokenizer, found = load_tokenizer(model.path), {}
-    total = args.doc_tokens or lengths[-1] + 10 * args.stride
+    found, total = {}, args.doc_tokens or lengths[-1] + 10 * args.stride
     documents = windows(read_documents(args.data, 5 * total), tokenizer, total, args.samples, cut=not args.windows)
     texts = [in_vocabulary(model, tokens) for _, tokens in documents]
     for n in lengths:
@@ -148,8 +147,9 @@ def main(argv=None):
         raise UserError("--len must be at least 2, --stride below the shortest, --doc-tokens at least the longest")
     if args.windows and (args.stride or args.doc_tokens):
         raise UserError("--windows goes without --stride and --doc-tokens")
-    data = read_windows(args, lengths, model)
-    journal, rows = Journal(out / "ppl.jsonl", describe(model, load_tokenizer(model.path)), recorded(args)), []
+    tokenizer = load_tokenizer(model.path)
+    data = read_windows(args, lengths, model, tokenizer)
+    journal, rows = Journal(out / "ppl.jsonl", describe(model, tokenizer), recorded(args)), []
     warm_up(model, lengths[-1])
     say(f"s of pi, ntk and yarn: length / {model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)

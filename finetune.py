@@ -47,7 +47,7 @@ from longrope import (BUNDLED_MODEL, Journal, Parser, UserError, barrier, descri
 # Data
 
 
-def in_pieces(texts, tokenizer):
+def encode_all(texts, tokenizer):
     """Yield lists of (number of the text, token ids) for pieces of 100,000 characters, 64 for as many cores at once."""
     pieces = ((number, text[i:i + 100_000]) for number, text in enumerate(texts) for i in range(0, len(text), 100_000))
     while some := [*islice(pieces, 64)]:  # seams cost little
@@ -59,7 +59,7 @@ def segments(documents, tokenizer, length, bos, eos):
     """Cut documents into segments, each bookended by BOS and EOS (paper, section 4.1), yielded some at a time,
     (n, length) int32. What fills no segment is joined to the next document, EOS and BOS between."""
     body, rest, found, before = length - 2, np.empty(0, np.int32), 0, None
-    for some in in_pieces((text for _, text in documents), tokenizer):
+    for some in encode_all((text for _, text in documents), tokenizer):
         parts = [rest]
         for document, ids in some:
             parts += [[eos, bos]] * (document != before and sum(map(len, parts)) % body > 0) + [ids]

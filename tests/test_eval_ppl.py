@@ -123,7 +123,7 @@ def test_windows_from_anywhere_are_of_the_seed_with_bos_first_and_inside_the_doc
     text = load_tokenizer(tiny).encode((books / "book0.txt").read_text(), add_special_tokens=False).ids
     for path, bos in ((tiny, [BOS]), (tmp_path / "bare", [])):  # the tokenizer's own BOS is not added as well
         args = eval_ppl.parser().parse_args([*command, "--model", str(path)])
-        about, scored = eval_ppl.read_windows(args, args.len, load_model(path, device="cpu"))[80]
+        about, scored = eval_ppl.read_windows(args, args.len, load_model(path, device="cpu"), load_tokenizer(path))[80]
         found = scored[1][0].tolist()
         assert [(len(w), first) for w, first in scored] == 6 * [(80, 1)] and found[:len(bos)] == bos
         assert about["documents"] == 2

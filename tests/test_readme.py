@@ -47,9 +47,8 @@ def qwen_cells(plots, rope, digits, model="", asked=30, folder="qwen2.5-coder"):
     """{length: cell}: perplexity, and keys where there are any, of Qwen2.5-Coder under a rope."""
     ppl, hits = (plots.values(ROOT / f"results/{folder}/{what}{model}.jsonl", rope)
                  for what in ("ppl", "passkey"))
-    keys = {n: f"({sum(found)}" + f" of {len(found)}" * (len(found) != asked) + ")" for n, found in hits.items()}
-    return {n: " ".join([*(f"{x:.{digits}f}" for x in ppl.get(n, [])), *([keys[n]] if n in keys else [])])
-            for n in {**ppl, **keys}}
+    keys = {n: [f"({sum(found)}" + f" of {len(found)}" * (len(found) != asked) + ")"] for n, found in hits.items()}
+    return {n: " ".join([f"{x:.{digits}f}" for x in ppl.get(n, [])] + keys.get(n, [])) for n in {**ppl, **keys}}
 
 
 @pytest.mark.parametrize(("script", "arguments"), sorted({c for text in PAGES.values() for c in commands(text)}))

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from eval_passkey import ask_in_pieces, make_trials, piece_size, pieces, prompt_in_pieces  # noqa: E402
 from eval_ppl import anywhere  # noqa: E402
-from finetune import in_pieces  # noqa: E402
+from finetune import encode_all  # noqa: E402
 from longrope import (Journal, Parser, UserError, begin, data_hash, describe, inv_freq_of,  # noqa: E402
                       load_tokenizer, measured, rank, read_documents, recorded, resolve_rope, resolve_ropes,
                       rope_to_dict, run, say, title_of, whole, window_nll, write_json)
@@ -60,7 +60,7 @@ def read_data(args, tokenizer):
     prompts = {depth: prompt_in_pieces(tokenizer, trial | {"depth": depth}, args.pieces) for depth in args.depths
                for trial in make_trials(f"second {args.seed} {depth}", [args.len], 1, 1)}
     text = " ".join(text for _, text in read_documents(args.data))
-    tokens = torch.tensor([i for some in in_pieces([text], tokenizer) for _, ids in some for i in ids])
+    tokens = torch.tensor([i for some in encode_all([text], tokenizer) for _, ids in some for i in ids])
     if len(tokens) < args.len:
         raise UserError(f"{len(tokens)} tokens in all documents, fewer than --len {args.len}: give more --data")
     kept = torch.from_numpy(pieces(args.len, args.len // 3, args.pieces))  # any middle

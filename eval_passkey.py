@@ -211,7 +211,7 @@ def main(argv=None):
     journal = Journal(out / "passkey.jsonl", describe(model, tokenizer) | {
         "scoring": scoring, "depths": args.depths, "seed": args.seed}, recorded(args))
     warm_up(model, lengths[-1])
-    say(f"{scoring}; s of pi, ntk and yarn: length / {model.window}, the model's window (yarn:16 fixes it)")
+    say(f"{scoring}; s of the formulas: length / {model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}}   length      s trials  hits accuracy exact   seconds  tokens/s peak GiB")
     rows = []

@@ -151,7 +151,7 @@ def main(argv=None):
     data = read_windows(args, lengths, model, tokenizer)
     journal, rows = Journal(out / "ppl.jsonl", describe(model, tokenizer), recorded(args)), []
     warm_up(model, lengths[-1])
-    say(f"s of pi, ntk and yarn: length / {model.window}, the model's window (yarn:16 fixes it)")
+    say(f"s of the formulas: length / {model.window}, the model's window (yarn:16 fixes it)")
     wide = max(len(name) for name, _ in ropes)
     say(f"{'rope':{wide}}   length      s documents    tokens perplexity   seconds  tokens/s    MFU peak GiB")
     tasks = [{"length": n} | about for n, (about, _) in data.items()]

@@ -97,7 +97,12 @@ def yarn(pairs, rope_theta, window, scale, beta_fast=32, beta_slow=1, truncate=T
     return Factors(tuple((1 / ((1 - ramp) + ramp / scale)).tolist()), attention_factor=yarn_factor(scale))
 
 
-FORMULAS = {"none": plain, "pi": pi, "ntk": ntk, "yarn": yarn}
+def yarn_su(pairs, rope_theta, window, scale):
+    """YaRN's factors with LongRoPE's attention factor: less of it, which text is better for and keys no worse."""
+    return replace(yarn(pairs, rope_theta, window, scale), attention_factor=su_factor(scale, window))
+
+
+FORMULAS = {"none": plain, "pi": pi, "ntk": ntk, "yarn": yarn, "yarn-su": yarn_su}
 
 
 def su_factor(scale, window):
@@ -642,8 +647,9 @@ class Journal:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ropes in files and on command lines
 
-ROPES = ("none, pi, ntk, yarn (yarn:16 fixes s, else length over window), model (its rope.json, or else config.json), "
-         "config (config.json alone) or a rope.json (default: the first four, and model if it has a rope.json)")
+ROPES = ("none, pi, ntk, yarn, yarn-su (yarn:16 fixes s, else length over window), model (its rope.json, or else "
+         "config.json), config (config.json alone) or a rope.json (default: the first five, and model if it has a "
+         "rope.json)")
 
 
 def rope_to_dict(rope):
@@ -750,8 +756,8 @@ def resolve_rope(rope, model, length=None):
 def fitting(rope, config):
     """The Rope, or that in a file, if it is for a model whose config.json describes the Rope `config`."""
     if not isinstance(rope, Rope) and not Path(rope).is_file():
-        raise UserError(f"rope {rope}: not none, pi, ntk, yarn (yarn:16 fixes s), model, config or a rope.json file; a "
-                        "model's directory is for --model")
+        raise UserError(f"rope {rope}: not {', '.join(FORMULAS)} (yarn:16 fixes s), model, config or a rope.json "
+                        "file; a model's directory is for --model")
     found = rope if isinstance(rope, Rope) else load_rope(rope, config.trained)
     with reading("rope" if found is rope else rope):
         replace(found, trained=config.trained)  # which counts the factors
@@ -867,7 +873,7 @@ def rope_of_config(d, pairs):
 
 def load_model(path=BUNDLED_MODEL, rope=None, length=None, device=None, dtype=None):
     """The model in a Hugging Face directory or on the Hub, in eval mode. rope: None = its rope.json or else its config,
-    "config" = its config alone, a Rope, a path to a rope.json, or "none" | "pi" | "ntk" | "yarn" for `length` tokens.
+    "config" = its config alone, a Rope, a path to a rope.json, or one of FORMULAS for `length` tokens.
     device: meta reads no weights. dtype: bfloat16 on cuda, float32 on cpu. Raises UserError."""
     path = model_directory(path)
     with reading(f"device {device}"):
@@ -1272,7 +1278,7 @@ def utilisation(flops, seconds, device):
     return next((flops / seconds / (peak * world_size()) for gpu, peak in peaks.items() if gpu in name), None)
 
 
-# Safe for the colour-blind; as a rule of none, PI, NTK, YaRN and what was found.
+# Safe for the colour-blind; as a rule of the formulas and what was found.
 COLORS = ("#999999", "#CC79A7", "#009E73", "#E69F00", "#0072B2", "#56B4E9", "#D55E00")
 
 

@@ -33,7 +33,7 @@ from longrope import (COLORS, FORMULAS, Factors, Journal, Parser, Rope, UserErro
 # The search space and its operators. A candidate is a Factors: one lambda for each rotary pair, relative to the base
 # that the search multiplies onto, one n_hat and one attention factor as they will be used.
 
-BASELINES = ("pi", "ntk", "yarn")
+BASELINES = ("pi", "ntk", "yarn", "yarn-su")
 SIZES = {"population_size": 8, "num_mutations": 5, "num_crossovers": 3, "num_parents": 8, "iterations": 36}
 ON_CPU = SIZES | {"population_size": 4, "iterations": 2}
 SLOW_LEAST = 1.19  # of lambda_i / s in slow pairs; with less, angles that the model never saw cost it pass keys
@@ -236,12 +236,13 @@ UNFINISHED = "export.part"  # in --export until it is whole, so that the same co
 
 def formulas(problem, length, beyond=1.0):
     """PI, NTK and YaRN for `beyond` times s, which is length over window, or where the base serves so many the
-    problem's. YaRN has its own attention factor for all of `length`, the others have the rope's."""
+    problem's. YaRN has its own attention factor or su for all of `length`, the others have the rope's."""
     rope, s = problem.rope, length / problem.window if length > problem.window else problem.scale
-    sets = {name: replace(FORMULAS[name](len(rope.long.rescale_factors), rope.rope_theta, problem.window, beyond * s),
-                          n_hat=rope.long.n_hat, attention_factor=rope.long.attention_factor) for name in BASELINES}
-    return sets | {"yarn": replace(
-        sets["yarn"], attention_factor=yarn_factor(length / rope.original_max_position_embeddings))}
+    window = rope.original_max_position_embeddings
+    attention = {"yarn": yarn_factor(length / window), "yarn-su": su_factor(length / window, window)}
+    return {name: replace(FORMULAS[name](len(rope.long.rescale_factors), rope.rope_theta, problem.window, beyond * s),
+                          n_hat=rope.long.n_hat, attention_factor=attention.get(name, rope.long.attention_factor))
+            for name in BASELINES}
 
 
 def bound_of(args):

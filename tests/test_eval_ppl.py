@@ -70,7 +70,7 @@ def test_perplexity_beyond_the_window_is_that_of_transformers_with_the_same_fact
     expected, scored = with_transformers(tmp_path / "exported", texts, 128, tokens, stride)
     assert given["tokens"] == scored == 3 * (tokens - 1) and given["ppl"] == pytest.approx(expected, rel=1e-4)
     own = ppl(tmp_path / "own", "--model", tmp_path / "exported", *common)  # a model's own rope is there by default
-    assert [r["rope"] for r in own] == ["none", "pi", "ntk", "yarn", "model"]
+    assert [r["rope"] for r in own] == ["none", "pi", "ntk", "yarn", "yarn-su", "model"]
     assert own[-1]["nll"] == given["nll"] and abs(own[0]["ppl"] / expected - 1) > 0.01
 
 

@@ -65,8 +65,9 @@ def test_frequencies_tables_and_attention_factors_are_those_of_transformers(name
 
 
 def test_the_formulas_differ_from_each_other_and_have_the_factors_of_their_papers():
-    none, pi, ntk, yarn = (formula(PAIRS, THETA, 1024, 8.0).rescale_factors for formula in FORMULAS.values())
+    none, pi, ntk, yarn, yarn_su = (formula(PAIRS, THETA, 1024, 8.0).rescale_factors for formula in FORMULAS.values())
     assert set(none) == {1.0} and set(pi) == {8.0}
+    assert yarn_su == yarn and FORMULAS["yarn-su"](PAIRS, THETA, 1024, 8.0).attention_factor == su_factor(8.0, 1024)
     assert ntk[0] == yarn[0] == 1.0 and ntk[-1] == yarn[-1] == pytest.approx(8.0)
     assert list(ntk) == sorted(set(ntk)) and list(yarn) == sorted(yarn)
     assert max(abs(a - b) for a, b in zip(ntk, yarn)) > 1

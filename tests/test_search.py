@@ -168,7 +168,7 @@ def fake_search(seed=0, *changes, starts=STARTS, within=None, nll=distance):
 def test_the_search_evaluates_pi_ntk_yarn_and_their_mutants_then_mutants_and_children_every_iteration():
     calls = fake_search()[1]
     by_iteration = [[origin for _, origin, t in calls if t == iteration] for iteration in range(9)]
-    assert by_iteration == [["pi", "ntk", "yarn"] + ["mutation"] * 9] + [["mutation"] * 6 + ["crossover"] * 5] * 8
+    assert by_iteration == [["pi", "ntk", "yarn-su"] + ["mutation"] * 9] + [["mutation"] * 6 + ["crossover"] * 5] * 8
     assert [t for *_, t in calls] == sorted(t for *_, t in calls) and [c for c, *_ in calls[:3]] == [*STARTS]
     for c, *_ in calls[3:12]:  # each descends from one of the three
         assert max(np.equal(c.rescale_factors, base.rescale_factors).sum() for base in STARTS) >= PAIRS * 0.4
@@ -348,7 +348,6 @@ def test_lambda_goes_to_a_quarter_above_s_and_first_candidates_lie_within_all_bo
     starts, space = begun(kind(rope, length), length, "--n-hat", n_hat, "--attention-factor", attention, start=far)
     assert space.largest == largest and set(space.smallest) == {1.0}
     assert space.n_hats == (N_HAT if n_hat == "search" else (int(n_hat),))
-    assert [*starts] == ["start", *reversed(BASELINES), "none", *["long"] * (kind == recovery)]
     beyond = scale if kind is recovery else length / WINDOW
     su = su_factor(beyond, WINDOW)
     fixed = {"su": su, "yarn": 0.1 * math.log(beyond) + 1, "none": 1.0}.get(attention)
@@ -356,9 +355,10 @@ def test_lambda_goes_to_a_quarter_above_s_and_first_candidates_lie_within_all_bo
     begins = su_factor(length / WINDOW, WINDOW) if length > WINDOW else su
     begins = begins if kind is first_stage else space.attention[1]  # the rope's own is 1.9
     assert starts["pi"].attention_factor == (fixed or round(begins, 2))
+    assert [*starts] == ["start", "yarn-su", "ntk", "pi", "none", *["long"] * (kind == recovery)]  # YaRN's two are one
     if n_hat == attention == "search":
         assert (starts["start"].n_hat, starts["start"].attention_factor) == (256, round(1.25 * su, 2))
-        assert starts["yarn"].n_hat == (0 if kind is first_stage else 8)  # the model's own
+        assert starts["yarn-su"].n_hat == (0 if kind is first_stage else 8)  # the model's own
     own = replace(rope.long, rescale_factors=(1.0,) * PAIRS) if kind is second_stage else plain(PAIRS)
     assert starts["none"] == replace(own, n_hat=own.n_hat if n_hat == "search" else int(n_hat),
                                      attention_factor=float(np.clip(own.attention_factor, *space.attention)))
@@ -377,7 +377,7 @@ def test_slow_least_bounds_the_pairs_that_make_no_full_turn_within_the_window():
     starts, space = begun(first_stage(ROPE, 256), 256, "--fitness", "keys")
     assert space.smallest == starts["none"].rescale_factors == tuple(np.where(SLOW, 4.76, 1.0))
     longer = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, 4 * 1.19)  # its slow pairs are within the bound
-    assert np.abs(np.subtract(starts["yarn"].rescale_factors, longer.rescale_factors)).max() <= 0.0051
+    assert np.abs(np.subtract(starts["yarn-su"].rescale_factors, longer.rescale_factors)).max() <= 0.0051
     assert starts["ntk"].attention_factor == round(su_factor(4, WINDOW), 2)
     assert set(begun(recovery(extended(4.0), 128), 128, "--fitness", "keys", "--short")[1].smallest) == {1.0}
 
@@ -412,7 +412,7 @@ def test_a_given_set_that_is_not_in_order_is_sorted_and_that_is_said_and_equal_o
     begun(first_stage(ROPE, 256), 256, start=candidate(sorted(falling)))
     assert not capsys.readouterr().out
     starts, _ = begun(recovery(extended(4.0, long=candidate([4.0] * PAIRS)), 64), 64, "--attention-factor", "su")
-    assert [*starts] == ["yarn", "ntk", "pi", "none"]  # PI's is the long set
+    assert [*starts] == ["yarn-su", "ntk", "pi", "none"]  # PI's is the long set
 
 
 def test_a_candidate_is_multiplied_onto_what_it_extends_and_the_other_set_stays():
@@ -437,6 +437,8 @@ def test_the_formulas_are_compared_with_their_own_attention_factors_and_plain_ro
     rope, attention = extended(4.0), su_factor(4, WINDOW)
     first, second = compared(first_stage, rope, 512), compared(second_stage, rope, 512)
     yarn = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, 8)
+    assert first["yarn-su"] == replace(yarn, attention_factor=su_factor(8, WINDOW))
+    assert second["yarn-su"].attention_factor == su_factor(8, WINDOW)
     assert first["none"] == rope.trained and first["yarn"] == yarn and first["pi"] == candidate([8.0] * PAIRS)
     assert second["none"] == rope.long and second["yarn"].attention_factor == yarn.attention_factor
     assert second["pi"] == replace(candidate([2.0] * PAIRS).on(rope.long), attention_factor=attention)

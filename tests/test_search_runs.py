@@ -29,11 +29,11 @@ import search
 from eval_passkey import ask_in_pieces, make_prompt, make_trials, prompt_in_pieces
 from longrope import (FORMULAS, Factors, data_hash, load_model, load_rope, load_tokenizer, plain, read_documents,
                       rope_to_dict, sha256_of, su_factor, window_nll, windows, write_json)
-from search import BASELINES, KEY_WEIGHT, N_HAT
+from search import KEY_WEIGHT, N_HAT
 
 LENGTH, SU = 4 * WINDOW, su_factor(4.0, WINDOW)
 EVALUATIONS, SAMPLES = 5 + 2 * (3 + 2), 3  # candidates, and the documents of six that each is measured on
-COMPARED = 5 * (6 + 1) - SAMPLES  # ropes times items, but the searched one's documents
+COMPARED = 6 * (6 + 1) - SAMPLES  # ropes times items, but the searched one's documents
 
 
 def command(tiny, books, out, *changes):
@@ -119,11 +119,11 @@ def undisturbed(tiny, books, tmp_path_factory):
 def test_history_has_a_line_for_every_candidate(undisturbed):
     rows = rows_of(undisturbed.out)
     assert len({json.dumps(row["genes"]) for row in rows}) == EVALUATIONS
-    assert [row["origin"] for row in rows[:5]] == ["yarn", "ntk", "pi", "none", "mutation"]
+    assert [row["origin"] for row in rows[:5]] == ["yarn-su", "ntk", "pi", "none", "mutation"]
     assert [row["iteration"] for row in rows] == [0] * 5 + [1] * 5 + [2] * 5
     assert rows[3]["genes"]["rescale_factors"] == [1.0] * PAIRS
-    for name, row in zip(reversed(BASELINES), rows):
-        exact = FORMULAS[name](PAIRS, 10000.0, WINDOW, 4.0).rescale_factors
+    for row in rows[:3]:
+        exact = FORMULAS[row["origin"]](PAIRS, 10000.0, WINDOW, 4.0).rescale_factors
         assert np.abs(np.subtract(row["genes"]["rescale_factors"], exact)).max() <= 0.005 + 1e-12
     for row in rows:
         assert good(row["genes"].pop("rescale_factors"), 5.0) and row["genes"] == {"n_hat": 0, "attention_factor": SU}
@@ -153,8 +153,8 @@ def test_search_prints_the_cost_first_and_a_table_at_the_end_and_draws_a_plot(un
     lines = undisturbed.printed.splitlines()
     assert lines[0].startswith("15 candidates, each on 3 documents of 256 tokens and 0 pass keys, take about ")
     start = next(i for i, line in enumerate(lines) if line.startswith("rope "))
-    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[start + 1:start + 6]}
-    assert [*rows] == ["none", "pi", "ntk", "yarn", "searched"]
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines[start + 1:start + 7]}
+    assert [*rows] == ["none", "pi", "ntk", "yarn", "yarn-su", "searched"]
     for row in written(undisturbed.out)[1]["comparison"]:
         expected = [row[key] for key in ("attention_factor", "search", "unseen", "keys")]
         assert rows[row["rope"]] == pytest.approx(expected, abs=1e-3)
@@ -247,7 +247,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     assert [process.join(100) or process.exitcode for process in both] == [0, 0]
     assert result(tmp_path / "both") == result(alone)
     items = [type(row["item"]) for row in rows_of(tmp_path / "both", "rope")]  # alike ones in a round
-    assert items[:23] == [int] * 8 + [str] * 4 + [int] * 6 + [str] * 5  # plain RoPE and the formulas, five candidates
+    assert items[:26] == [int] * 10 + [str] * 5 + [int] * 6 + [str] * 5  # plain RoPE and the formulas, five candidates
 
 
 @pytest.mark.parametrize("given, fitness, bound, s", [
@@ -265,7 +265,7 @@ def test_where_plain_rope_is_better_than_all_formulas_perplexity_is_searched_unl
     genes = {row["origin"]: row["genes"]["rescale_factors"] for row in rows}
     assert set(genes["none"]) == ({1.0, 9.52} if bound else {1.0})
     formula = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, s).rescale_factors
-    assert np.abs(np.subtract(genes["yarn"], formula)).max() <= 0.0051
+    assert np.abs(np.subtract(genes["yarn-su"], formula)).max() <= 0.0051
     assert all(row["answer_nll"] > 0 for row in rows) if fitness == "keys" else not any(row["keys"] for row in rows)
     assert ("--fitness ppl" in capsys.readouterr().out) is ("--fitness" not in given)
     record = json.loads((tmp_path / "rope.json").read_text())["search"]
@@ -302,14 +302,16 @@ def test_where_a_prompt_does_not_fit_that_is_said_and_perplexity_is_what_is_sear
 
 
 def test_the_bundled_model_is_searched_for_128_times_its_window(tmp_path, monkeypatch, capsys):
-    """search.py --len 131072 --max-evals 1, but for the measuring: a window takes minutes."""
+    """search.py --len 131072 --max-evals 2, but for the measuring: a window takes minutes."""
     monkeypatch.setattr(search, "measure", lambda model, rope, item: (6.0, 1) if type(item) is list else 131071.0)
-    search.main(["--len", "131072", "--max-evals", "1", "--out", str(tmp_path), "--device", "cpu"])
-    (row,), printed = rows_of(tmp_path), capsys.readouterr().out
-    assert printed.startswith("1 candidates, each on 1 document of 131072 tokens and 5 pass keys, take about ")
+    search.main(["--len", "131072", "--max-evals", "2", "--out", str(tmp_path), "--device", "cpu"])
+    (row, other), printed = rows_of(tmp_path), capsys.readouterr().out
+    assert printed.startswith("2 candidates, each on 1 document of 131072 tokens and 5 pass keys, take about ")
     assert "; shorter: --len 16384 --max-evals 16" in printed and "by pieces" in printed
     assert written(tmp_path)[0]["long_factor"] == row["genes"]["rescale_factors"]
-    assert row["origin"] == "yarn" and row["genes"]["rescale_factors"][-1] == 152.32  # 1.19 s
+    assert row["origin"] == "yarn-su" and row["genes"]["rescale_factors"][-1] == 152.32  # 1.19 s
+    assert other["origin"] == "yarn" and other["genes"]["rescale_factors"] == row["genes"]["rescale_factors"]
+    assert [r["genes"]["attention_factor"] for r in (row, other)] == [1.3, 1.49]  # su and YaRN's
     assert (row["nll"], row["fitness"]) == ({"0": 131071.0, "1": 131071.0}, KEY_WEIGHT * math.log(7))
 
 
@@ -525,7 +527,7 @@ def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_
 def test_a_search_from_good_factors_ends_no_worse(undisturbed, tiny, books, tmp_path):
     search.main(command(tiny, books, tmp_path, "--start-from", undisturbed.out / "rope.json", "--iterations", 0,
                         "--population-size", 3))
-    assert [row["origin"] for row in rows_of(tmp_path)] == ["start", "yarn", "ntk", "pi", "none"]
+    assert [row["origin"] for row in rows_of(tmp_path)] == ["start", "yarn-su", "ntk", "pi", "none"]
     *_, given, searched = written(tmp_path)[1]["comparison"]
     assert rows_of(tmp_path)[0]["origin"] == given["rope"] == "start"  # so it is what others are measured against
     assert searched["search"] <= given["search"] == pytest.approx(undisturbed.result[0][1]["perplexity"])
@@ -583,8 +585,8 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
         *lines, whole = capsys.readouterr().out.splitlines()[1:]
     assert len({str(row) for row in rows}) == len(rows)
     best, sets = whole.split()[-1], {row["rope"] for row in rows}
-    assert {"ramp-0.7-2-13-1.1", "ramp-1-2-13-1.1", "pi", "ntk", "yarn", "given-falling", "given-below"} < sets
-    assert len(sets) == 7 + 8 == len(lines)
+    assert {"ramp-0.7-2-13-1.1", "ramp-1-2-13-1.1", "pi", "ntk", "yarn-su", "given-falling", "given-below"} < sets
+    assert len(sets) == 8 + 8 == len(lines)
     model = load_model(model_path, device="cpu")
     for name in sets:
         mine = {(row["of"], row["at"]): row["nll"] for row in rows if row["rope"] == name}

@@ -124,7 +124,11 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
         ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
         ("static YaRN for 4 times", "yarn:4"), ("searched for 262144 on the 1.5B", "carried.rope.json"),
         ("searched for 262144", "alone.rope.json"), ("... beginning with the 1.5B's", "0.5b.rope.json"),
-        ("... so, with keys in spread pieces", "again.rope.json"), ("searched for 524288", "half.rope.json"))}
+        ("... so, with keys in spread pieces", "again.rope.json"), ("searched for 524288", "half.rope.json"),
+        ("YaRN for 262144, attention factor 1.1", "yarn-8-1.1.rope.json"), ("... 1.15", "yarn-8-1.15.rope.json"),
+        ("YaRN for 524288, attention factor 1.15", "yarn-16-1.15.rope.json"),
+        ("searched for 262144 from the first of these, key's weight 0.3", "third.rope.json"),
+        ("... weight 0.1, half the bound", "tenth.rope.json"))}
     nll, tokens = Counter(), Counter()  # of transformers; some rows are halves of one
     for part in json.loads((here / "in_transformers.json").read_text()):
         for row in part["rows"]:
@@ -212,3 +216,22 @@ def test_there_are_at_most_100_results_and_50_options():
     assert sum(path.is_file() for path in ROOT.glob("results/**/*")) <= 100
     actions = [action for name in SCRIPTS for action in import_module(name).parser()._actions]
     assert 20 < len({option for action in actions for option in action.option_strings if option[:2] == "--"}) <= 50
+
+
+def test_the_numbers_of_smollm2_at_two_million_are_those_in_its_file():
+    page = PAGES[ROOT / "results/two-million/README.md"]
+    found = json.loads((ROOT / "results/two-million/second-stage.json").read_text())["smollm2"]
+    sets = {row["set"]: (row["text_nll"], *row["key_nll"]) for row in found["sets_at_2097152"]}
+    shown = {name: cells for name, *cells in cells_of(page) if len(cells) == 5}
+    assert len(sets) == 26 and len(found["sets_at_262144"]) == 44
+    for label, name in (("PI", "pi"), ("NTK", "ntk"), ("YaRN", "yarn"), (
+            "the best by text, a ramp with attention factor 1.25", min(sets, key=lambda name: sets[name][0])),
+            ("the best by keys, a ramp with 1.35", min(sets, key=lambda name: sum(sets[name][1:])))):
+        assert shown[label] == [f"{x:.3f}" for x in sets[name]]
+    hits = {at: sum(key["hit"] for key in found["keys"] if (key["weights"], key["length"]) == at)
+            for at in (("128k", 131072), ("256k", 8192), ("256k", 131072), ("256k", 262144))}
+    assert ("{} of 10 are found after the first training; after the second {} at 8192, {} at 131,072 and {} at "
+            "262,144").format(*hits.values()) in page
+    losses = [step["loss"] for step in found["training_at_262144"]["steps"] if step["len"] == 262144]
+    assert (f"from {fmean(losses[:10]):.2f} (the first ten of {len(losses)}) to {fmean(losses[-10:]):.2f} (the last "
+            "ten)") in page

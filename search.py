@@ -394,16 +394,19 @@ def plot(ropes, length, rows, path):
     found = [row["fitness"] for row in rows if "genes" in row]
     height = max(np.median(found) - min(found), 0.003)
     fig, (left, right) = panels_of(2, 4.6, 3.6)
-    for (name, rope), color in zip(ropes.items(), COLORS):
-        left.plot(rope.at(length).rescale_factors, label=name, color=color)
+    lines = {}  # YaRN's two differ in the attention factor alone
+    for name, rope in ropes.items():
+        lines.setdefault(rope.at(length).rescale_factors, []).append(name)
+    for (factors, names), color in zip(lines.items(), COLORS):
+        left.plot(factors, label=", ".join(names), color=color)
     right.plot(found, ".", color="gray", label="a candidate, on its documents")
     right.plot(np.minimum.accumulate(found), color="black", drawstyle="steps-post", label="the lowest yet")
     left.set(xlabel="rotary pair i", ylabel=r"$\lambda_i$")
     right.set(xlabel="candidates evaluated", ylabel="fitness: NLL a token above the first's, and keys",
-              ylim=(min(found) - 0.2 * height, min(found) + 5 * height))
+              ylim=(min(found) - 1.5 * height, min(found) + 5 * height))
     right.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
-    right.legend()
+    right.legend(loc="lower left")
     fig.savefig(path, dpi=120)
 
 

@@ -98,7 +98,7 @@ def yarn(pairs, rope_theta, window, scale, beta_fast=32, beta_slow=1, truncate=T
 
 
 def yarn_su(pairs, rope_theta, window, scale):
-    """YaRN's factors with LongRoPE's attention factor: less of it, which text is better for and keys no worse."""
+    """YaRN's factors with LongRoPE's attention factor in place of its own, as a rule larger one."""
     return replace(yarn(pairs, rope_theta, window, scale), attention_factor=su_factor(scale, window))
 
 

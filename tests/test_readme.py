@@ -127,8 +127,8 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
         ("... so, with keys in spread pieces", "again.rope.json"), ("searched for 524288", "half.rope.json"),
         ("YaRN for 262144, attention factor 1.1", "yarn-8-1.1.rope.json"), ("... 1.15", "yarn-8-1.15.rope.json"),
         ("YaRN for 524288, attention factor 1.15", "yarn-16-1.15.rope.json"),
-        ("searched for 262144 from the first of these, key's weight 0.3", "third.rope.json"),
-        ("... weight 0.1, half the bound", "tenth.rope.json"))}
+        ("searched for 262144 from the first of these, key's weight 0.3, bound 1·s", "third.rope.json"),
+        ("... weight 0.1, bound 0.6·s", "tenth.rope.json"))}
     nll, tokens = Counter(), Counter()  # of transformers; some rows are halves of one
     for part in json.loads((here / "in_transformers.json").read_text()):
         for row in part["rows"]:

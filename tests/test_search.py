@@ -519,7 +519,7 @@ def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():
         args = filled_in(*given)
         return [getattr(args, key) for key in search.SIZES], args.samples, args.last
     assert sizes("cuda") == ([8, 5, 3, 8, 36], 1, 12) and search.MUTATION_PROB == 0.3
-    assert sizes("cpu") == ([4, 5, 3, 8, 2], 1, 3)
+    assert sizes("cpu") == ([5, 5, 3, 8, 2], 1, 3)
     given = "--population-size", "9", "--iterations", "0", "--samples", "7"
     assert sizes("cuda", *given) == ([9, 5, 3, 8, 0], 7, 12)
     for given, bound in (("", 1.19), ("--fitness ppl", 0), ("--short", 0), ("--slow-least 0", 0)):

@@ -247,7 +247,7 @@ def test_with_keys_the_best_of_the_last_is_written_as_it_is_after_a_cut_and_by_t
     assert [process.join(100) or process.exitcode for process in both] == [0, 0]
     assert result(tmp_path / "both") == result(alone)
     items = [type(row["item"]) for row in rows_of(tmp_path / "both", "rope")]  # alike ones in a round
-    assert items[:26] == [int] * 10 + [str] * 5 + [int] * 6 + [str] * 5  # plain RoPE and the formulas, five candidates
+    assert items[:23] == [int] * 8 + [str] * 4 + [int] * 6 + [str] * 5  # plain RoPE and the formulas, five candidates
 
 
 @pytest.mark.parametrize("given, fitness, bound, s", [

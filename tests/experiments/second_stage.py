@@ -2,8 +2,8 @@
 
     $ torchrun --nproc-per-node 4 tests/experiments/second_stage.py --model FINETUNED --len 2097152 --data books/search
 
-On top of the fine-tuned factors, s = --len over the length they are for, the search begins with PI, NTK, YaRN and
-ramps: by a pair's turns within that length lambda = R s below one turn (at least M), M at one, 1 at T or more, in
+On top of the fine-tuned factors, s = --len over the length they are for, the search begins with search.py's formulas
+and ramps: by a pair's turns within that length lambda = R s below one turn (at least M), M at one, 1 at T or more, in
 log-log a line between, for each R, M, T and attention factor. Fitness is as in search.py, but for a larger weight: of
 the NLL of the end of 8 stretches of text, read in pieces, and of a key at each of --depths. The --whole sets of the
 lowest fitness are asked in whole prompts, too.

@@ -47,7 +47,8 @@ QWEN_SMALL = (
     *((label, "0.5b", rope, color, "-") for label, rope, color in QWEN[:3]),
     ("searched on the 1.5B", "0.5b", "carried.rope.json", "#56B4E9", "-"),
     ("searched for 262144", "0.5b", "alone.rope.json", "#0072B2", "-"),
-    ("... beginning with the 1.5B's", "0.5b", "0.5b.rope.json", "#0072B2", "--"))
+    ("... beginning with the 1.5B's", "0.5b", "0.5b.rope.json", "#0072B2", "--"),
+    ("... with heavier keys", "0.5b", "third.rope.json", "#D55E00", "-"))
 
 
 def values(path, rope):

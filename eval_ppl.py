@@ -127,9 +127,10 @@ def parser():
     p.add_argument("--len", type=natural, nargs="+", help="tokens in a window (default: 8 times the model's)")
     p.add_argument("--samples", type=natural, default=10, help="documents (default: 10)")
     p.add_argument("--stride", type=whole, default=0,
-                   help="tokens a window moves by, 256 in the paper (default: the window, one after another)")
-    p.add_argument("--doc-tokens", type=natural, help="read of each document, in windows one after another or "
-                   "--stride apart (default: the longest --len; with --stride 10 strides more)")
+                   help="tokens a window moves by, 256 in the paper (default: the window, no overlap)")
+    p.add_argument("--doc-tokens", type=natural, help="of each document, all of them scored at every length, in "
+                   "windows one after another or --stride apart (default: each length's first window alone; with "
+                   "--stride the longest --len and 10 strides more)")
     p.add_argument("--windows", type=few, metavar="N",
                    help="N windows from anywhere in each document, BOS first, in place of its first tokens")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")

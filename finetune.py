@@ -5,7 +5,8 @@
 
 Under torchrun the model is sharded over all processes (FSDP2), on CPUs too. --out becomes a Hugging Face directory,
 on Ctrl-C or SIGTERM, too, then with a checkpoint, from which the same command goes on, on any number of processes.
-The paper: LLaMA2 --steps 400 --batch-size 32, Mistral also --batch-size 64 --lr 1e-6 --schedule constant --len 16384.
+The paper: LLaMA2 --steps 400 --batch-size 32, Mistral also --batch-size 64 --lr 1e-6 --schedule constant --len 16384,
+with "short_max_length": 0 in rope.json, as so short segments would be trained under the short set.
 """
 import argparse
 import functools
@@ -41,7 +42,7 @@ import longrope
 from longrope import (BUNDLED_MODEL, Journal, Parser, UserError, barrier, describe, forward_flops, in_vocabulary,
                       join_processes, load_model, load_tokenizer, natural, panels_of, rank, read_documents, recorded,
                       resolve_rope, rope_to_dict, run, save_config, save_weights, say, share_sequences, spread,
-                      token_id, token_nll, utilisation, whole, whole_file, world_size)
+                      token_id, token_nll, utilisation, warn, whole, whole_file, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -369,6 +370,9 @@ def complete(args, model, device):
     if args.mix and min(args.mix) <= model.window and rope.long != rope.trained and not rope.short:
         raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, but these "
                         "factors have no short set, as search.py's have")
+    if rope.at(args.len) != rope.long:
+        warn(f"--len {args.len}: trained under the short set, which serves up to {rope.short_max_length} tokens; under "
+             "the long one with \"short_max_length\": 0 in rope.json")
     return rope
 
 

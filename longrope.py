@@ -127,7 +127,7 @@ class Rope:
     for sequences of at most `short_max_length` in total, which the long one costs a little (paper, section 3.3)."""
     rope_theta: float                        # theta, the base
     original_max_position_embeddings: int    # L0, the window the model was trained on
-    trained: Factors                         # what it was trained with; every extension multiplies onto it
+    trained: Factors                         # plain RoPE or Llama-3.1's; first stages and short sets multiply onto it
     long: Factors
     scale: float = 1.0                       # s = L'/L0
     short: Factors | None = None             # None: the long set serves all lengths
@@ -141,7 +141,7 @@ class Rope:
         return round(self.scale * self.original_max_position_embeddings)  # L', in tokens
 
     def at(self, length):
-        """The set for a sequence of `length` tokens in the end, for it may not change while keys are cached."""
+        """The set for a sequence of `length` tokens in the end: it may not change, as cached keys have been turned."""
         return self.short if self.short and length <= self.short_max_length else self.long
 
     def table(self, length, device="cpu", total_length=None):
@@ -152,7 +152,7 @@ class Rope:
         trained = torch.from_numpy(inv_freq_of(self.trained.rescale_factors, self.rope_theta)).to(device)
         n = torch.arange(length, dtype=torch.float64, device=device)[:, None]  # positions, (T, 1)
         angles = n * rescaled  # (T, D/2)
-        angles[:factors.n_hat] = n[:factors.n_hat] * trained
+        angles[:factors.n_hat] = n[:factors.n_hat] * trained  # but the attention factor is theirs, too
         return (angles.cos() * factors.attention_factor).float(), (angles.sin() * factors.attention_factor).float()
 
 
@@ -166,7 +166,7 @@ def rotate(x, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention: three functions (q, k, v) -> out. A block takes any of them.
+# Attention: functions (q, k, v) -> out, of which a block takes any: `attention`, Cache's, Context's
 
 
 def attention(q, k, v):

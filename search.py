@@ -209,7 +209,7 @@ def recovery(rope, length):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fitness. Perplexity alone is blind to slow pairs at angles that were never trained: it loses next to nothing there,
-# retrieval everything.
+# retrieval everything. (LongRoPE2, arXiv 2502.20082, asks the key alone, and keeps slow pairs at s or more.)
 
 KEY_WEIGHT = 0.03
 KEYS = 10  # in the table at the end

@@ -381,10 +381,11 @@ def test_another_setup_is_refused_and_what_differs_named(stopped, tiny, command,
     write_json(tmp_path / "rope.json", rope_to_dict(make_rope(random_factors(2, 2), 2.0)))
     for flag, value, differs in (
             ("model", other, "weights_sha256"), ("data", other / "text.txt", "data_sha256"), ("seed", 1, "seed"),
-            ("len", WINDOW, "len, data_sha256"), ("batch-size", 2, "batch_size"), ("lr", 1e-5, "lr"),
+            ("len", WINDOW, "len, rope, data_sha256"), ("batch-size", 2, "batch_size"), ("lr", 1e-5, "lr"),
             ("rope", tmp_path / "rope.json", "rope"), ("schedule", "constant", "schedule"), ("steps", 40, "steps"),
             ("warmup", 4, "warmup"), ("mix", WINDOW // 2, "mix"), ("dtype", "bfloat16", "dtype")):
-        line = trouble(command(stopped, f"--{flag}", value), capsys)
+        none = ["--rope", "none"] * (flag == "len")  # whose short set would be said to be trained
+        line = trouble(command(stopped, f"--{flag}", value, *none), capsys)
         assert f"another {differs}; give another --out" in line
     assert (stopped / "log.jsonl").read_bytes() == before and saved(stopped) == ["checkpoint-4"]
 
@@ -458,7 +459,7 @@ def completed(model, *given):
     return finetune.complete(args, model, torch.device("cpu")), args
 
 
-def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bundled, tmp_path, monkeypatch):
+def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bundled, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     committed, model = bundled.path.parent / "rope.json", bundled.model
     for given in ((), ("--len", 8192)):
@@ -471,6 +472,9 @@ def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bund
             completed(model, *given)
     assert completed(model, "--len", 2048, "--rope", "none", "--mix", 1024)[0].long == plain(HEAD_DIM // 2)
     assert completed(model, "--len", 1024)[0] == model.config.rope
+    assert not capsys.readouterr().err
+    assert completed(model, "--len", 1024, "--rope", committed)[0].short
+    assert "--len 1024: trained under the short set, which serves up to 1024 tokens" in capsys.readouterr().err
     searched = resolve_rope("yarn:2", model)
     write_json(tmp_path / "out" / "search-2048" / "rope.json", rope_to_dict(searched))
     rope, args = completed(model, "--len", 2048)

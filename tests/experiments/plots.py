@@ -28,7 +28,7 @@ PROGRESSIVE = (  # label, files, end of the rope's name, colour, line
 SMOLLM2 = (
     ("as trained", "128k", "none", "#999999", "-"),
     ("YaRN for each length", "64k", "yarn", "#E69F00", "-"),
-    ("YaRN, su", "64k", "yarn-su.json", "#009E73", "-"),
+    ("YaRN for 65536, su", "64k", "yarn-su.json", "#009E73", "-"),
     ("searched for 65536", None, None, "#0072B2", "-"),
     ("... without the bound", "64k", "search-64k/rope.json", "#56B4E9", "-"),
     ("... that, then bounded", "64k", "bounded-64k/rope.json", "#56B4E9", "--"),
@@ -36,7 +36,8 @@ SMOLLM2 = (
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned for 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
     ("control", "control", "none", "#000000", ":"))
-HEADLINE = ("as trained", "YaRN for each length", "searched for 65536", "fine-tuned for 131072", "control")
+HEADLINE = ("as trained", "YaRN for each length", "YaRN for 65536, su", "searched for 65536", "fine-tuned for 131072",
+            "control")
 QWEN = (
     ("NTK for the length", "ntk", "#009E73"),
     ("YaRN for the length", "yarn", "#E69F00"),

@@ -98,7 +98,7 @@ def yarn(pairs, rope_theta, window, scale, beta_fast=32, beta_slow=1, truncate=T
 
 
 def yarn_su(pairs, rope_theta, window, scale):
-    """YaRN's factors with LongRoPE's attention factor in place of its own, as a rule larger one."""
+    """YaRN's factors with LongRoPE's attention factor in place of its own."""
     return replace(yarn(pairs, rope_theta, window, scale), attention_factor=su_factor(scale, window))
 
 
@@ -166,7 +166,7 @@ def rotate(x, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention: functions (q, k, v) -> out, of which a block takes any: `attention`, Cache's, Context's
+# Attention: functions (q, k, v) -> out, of which a block takes any: `attention`, and `attend` of Cache or Context.
 
 
 def attention(q, k, v):

@@ -544,7 +544,7 @@ def main(argv=None):
         none, *others = (row["fitness"] for row in evaluate.compare(asked, "search", args.searched))
         args.fitness = "ppl" if none < min(others) else "keys"
         if args.fitness == "ppl":  # as with a theta of a million, where slow pairs do no harm
-            say("plain RoPE is better than the formulas: --fitness ppl")
+            say("plain RoPE is better than PI, NTK and YaRN: --fitness ppl")
             space, starts = first_candidates(args, problem, start, problem.scale ** -0.5)  # for the square root of s
             evaluate.items = {label: item for label, item in evaluate.items.items() if label not in ("search", "last")}
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)

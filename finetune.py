@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tqdm import tqdm
 
 import longrope
-from longrope import (BUNDLED_MODEL, Journal, Parser, UserError, barrier, describe, forward_flops, in_vocabulary,
+from longrope import (BUNDLED_MODEL, NAMED, Journal, Parser, UserError, barrier, describe, forward_flops, in_vocabulary,
                       join_processes, load_model, load_tokenizer, natural, panels_of, rank, read_documents, recorded,
                       resolve_rope, rope_to_dict, run, save_config, save_weights, say, share_sequences, spread,
                       token_id, token_nll, utilisation, warn, whole, whole_file, world_size)
@@ -318,8 +318,8 @@ def parser():
     p.set_defaults(context_parallel=None)
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of what is computed; weights and optimizer are "
                    "float32 (default: bfloat16 on cuda, float32 on cpu)")
-    p.add_argument("--rope", help="none, pi, ntk, yarn, yarn-su (yarn:16 fixes s) or a rope.json (default: the model's "
-                   "own, for the bundled one out/search-LEN/rope.json or assets/rope.json)")
+    p.add_argument("--rope", help=f"{NAMED} or a rope.json (default: the model's own, for the bundled one "
+                   "out/search-LEN/rope.json or assets/rope.json)")
     p.add_argument("--len", type=natural, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=mixed, nargs="+", default=[], metavar="LEN[:TIMES]",
                    help="each step is of whole segments or of pieces of one of these lengths, which divide --len, each "

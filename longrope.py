@@ -647,9 +647,9 @@ class Journal:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ropes in files and on command lines
 
-ROPES = ("none, pi, ntk, yarn, yarn-su (yarn:16 fixes s, else length over window), model (its rope.json, or else "
-         "config.json), config (config.json alone) or a rope.json (default: the first five, and model if it has a "
-         "rope.json)")
+NAMED = f"{', '.join(FORMULAS)} (yarn:16 fixes s, else length over window)"
+ROPES = (f"{NAMED}, model (its rope.json, or else config.json), config (config.json alone) or a rope.json (default: "
+         f"the first {len(FORMULAS)}, and model if it has a rope.json)")
 
 
 def rope_to_dict(rope):
@@ -756,8 +756,8 @@ def resolve_rope(rope, model, length=None):
 def fitting(rope, config):
     """The Rope, or that in a file, if it is for a model whose config.json describes the Rope `config`."""
     if not isinstance(rope, Rope) and not Path(rope).is_file():
-        raise UserError(f"rope {rope}: not {', '.join(FORMULAS)} (yarn:16 fixes s), model, config or a rope.json "
-                        "file; a model's directory is for --model")
+        raise UserError(f"rope {rope}: not {NAMED}, model, config or a rope.json file; a model's directory is for "
+                        "--model")
     found = rope if isinstance(rope, Rope) else load_rope(rope, config.trained)
     with reading("rope" if found is rope else rope):
         replace(found, trained=config.trained)  # which counts the factors

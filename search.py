@@ -540,7 +540,7 @@ def main(argv=None):
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
     say_cost(args, model, documents, prompts, max(0, args.max_evals - evaluate.there), len(ropes))
     if not args.fitness:
-        asked = {name: rope for name, rope in ropes.items() if name != "yarn-su"}  # what this was measured with
+        asked = {name: ropes[name] for name in ("none", "pi", "ntk", "yarn")}  # with which this choice was measured
         none, *others = (row["fitness"] for row in evaluate.compare(asked, "search", args.searched))
         args.fitness = "ppl" if none < min(others) else "keys"
         if args.fitness == "ppl":  # as with a theta of a million, where slow pairs do no harm

@@ -284,7 +284,7 @@ def test_a_signal_ends_the_run_in_a_checkpoint_after_the_step(
     assert "stopped at step 6" in said.out and said.err.count("stopping when") == 1
     assert saved(tmp_path) == ["checkpoint-6"] and len(steps(tmp_path)) == 6
     dcp_to_torch_save(tmp_path / "checkpoint-6", tmp_path / "step-6.pt")
-    trained = torch.load(tmp_path / "step-6.pt")["model"]
+    trained = torch.load(tmp_path / "step-6.pt", weights_only=True)["model"]
     found = load_model(tmp_path, device="cpu").state_dict()
     assert trained.keys() == found.keys()
     assert all(torch.equal(found[key].bfloat16(), weight.bfloat16()) for key, weight in trained.items())

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from importlib import import_module
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 from conftest import ROOT
@@ -154,7 +154,7 @@ def test_the_numbers_of_ruler_are_those_in_its_file():
 
 def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):
     here = ROOT / "results/two-million"
-    trained, = tables(here / "README.md", r"\| rope \|")
+    trained, *_ = tables(here / "README.md", r"\| rope \|")
     assert trained == {name: qwen_cells(plots, rope, 3, "-0.5b", 10, "two-million") for name, rope in (
         ("trained with", "model"), ("YaRN for the length", "yarn"), ("plain RoPE", "none"))}
     log = [json.loads(line) for line in (here / "log-0.5b.jsonl").read_text().splitlines()]
@@ -197,6 +197,13 @@ def test_the_numbers_of_the_second_stage_are_those_in_its_file():
     near = [f"{row['key_nll']:.3f}" for row in found["keys_at_65536"] if row["depth"] == 0.25]
     assert "{} untrained and {} trained at 2e-5 under the set with 1.1, {} untrained and {} trained at 1e-5".format(
         *near) in PAGES[here / "README.md"]
+    found_at = Counter()
+    for key in found["third_keys"]:
+        found_at[key["length"]] += key["hit"]
+    assert found_at == {4096: 10, 8192: 10, 32768: 10, 131072: 10, 262144: 10, 524288: 7}
+    further = {row["set"]: fmean(row["key_nll"]) for row in found["third_at_524288"]}
+    assert (f"({len(further)} sets; by spread pieces a key's mean NLL is {min(further.values()):.2f}, NTK's "
+            f"{further['ntk']:.2f}) finds 7 of 10") in PAGES[here / "README.md"]
     for name, cells in compared.items():
         of, name = name.split(", ")
         row, = (row for row in found[f"{weights[of]}_at_2097152"] if row["set"] == names.get(name, best[weights[of]]))
@@ -219,19 +226,49 @@ def test_there_are_at_most_100_results_and_50_options():
 
 
 def test_the_numbers_of_smollm2_at_two_million_are_those_in_its_file():
-    page = PAGES[ROOT / "results/two-million/README.md"]
-    found = json.loads((ROOT / "results/two-million/second-stage.json").read_text())["smollm2"]
-    sets = {row["set"]: (row["text_nll"], *row["key_nll"]) for row in found["sets_at_2097152"]}
-    shown = {name: cells for name, *cells in cells_of(page) if len(cells) == 5}
-    assert len(sets) == 26 and len(found["sets_at_262144"]) == 44
-    for label, name in (("PI", "pi"), ("NTK", "ntk"), ("YaRN", "yarn"), (
-            "the best by text, a ramp with attention factor 1.25", min(sets, key=lambda name: sets[name][0])),
-            ("the best by keys, a ramp with 1.35", min(sets, key=lambda name: sum(sets[name][1:])))):
-        assert shown[label] == [f"{x:.3f}" for x in sets[name]]
+    path = ROOT / "results/two-million/README.md"
+    found = json.loads((path.parent / "second-stage.json").read_text())["smollm2"]
+    within, beyond = [*tables(path, r"\| rope \|")][1:]
+    hits = Counter()
+    for key in found["keys_of_ropes"]:
+        hits[key["rope"], key["length"]] += key["hit"]
+    measured = {(row["rope"], row["length"]): row["ppl"] for row in found["by_length"]}
+    assert within["trained with"] == {n: f"{measured['model', n]:.3f}" + f" ({hits['model', n]})" * (n != 65536)
+                                      for n in (4096, 8192, 32768, 65536, 131072, 262144)}
+    control = {row["length"]: row["ppl"] for row in found["control"]["perplexity"]}
+    assert within["control"] == {n: f"{control[n]:.3f}" for n in (4096, 8192)}
+    hits_of_control = Counter(key["length"] for key in found["control"]["keys"] if key["hit"])
+    assert hits_of_control == {4096: 27, 8192: 27}
+    above = [f"{100 * measured['model', n] / control[n] - 100:.1f}" for n in (8192, 4096)]
+    assert f"{above[0]} or {above[1]}% above the control's" in PAGES[path]
+    names = {"trained with": "model", "PI": "pi", "NTK": "ntk", "YaRN": "yarn", "YaRN, su": "yarn-su",
+             "searched in pieces": "searched"}
+    far = found["further"] + found["whole_windows"]
+    assert beyond == {name: {row["length"]: f"{row['ppl']:.3f}" for row in far if row["rope"] == rope}
+                      for name, rope in names.items()}
+    one, two = ([row["seconds"] for row in found["whole_windows"] if row["gpus"] == n] for n in (1, 2))
+    assert (f"{median(one):.1f} s and 10.3 GiB, two {median(two):.1f} s and 9.6 GiB each (medians of three and four): "
+            f"{median(one) / median(two):.2f} times as fast") in PAGES[path]
+    first, second = (row["nll"] for row in found["whole_windows"] if row["rope"] == "searched")
+    assert first == second
+    sets = found["sets_at_2097152"] + found["second_search_at_2097152"]
+    text = {row["set"]: row["text_nll"] for row in found["second_search_at_2097152"]}
+    assert (f"NLL of {text[found['searched']['name']]:.2f} and NTK {text['ntk']:.2f}; in the whole window it has "
+            "{:.2f} and NTK {:.2f}.".format(*(math.log(float(beyond[name][2097152]))
+                                              for name in ("searched in pieces", "NTK")))) in PAGES[path]
+    near = {row["rope"]: row for row in found["text_in_pieces_at_131072"]}
+    above = [", ".join(f"{near[rope][how] - near['model'][how]:.2f}" for rope in ("yarn-su", "ntk", "searched", "pi"))
+             for how in ("whole", "pieces", "spread")]
+    assert "by {} in the whole, by {} in nine pieces alone and by {} in pieces spread".format(*above) in PAGES[path]
+    assert [sorted(near, key=lambda rope: near[rope][how]) == [*near][:1] + ["yarn-su", "ntk", "searched", "pi"]
+            for how in ("whole", "pieces", "spread")] == [True, False, True]
+    keys = {tuple(row["key_nll"]) for row in sets}
+    assert (f"none of {len(keys)} sets brings one near, the lowest mean NLL of a key in spread pieces is "
+            f"{min(map(fmean, keys)):.1f}.") in PAGES[path]
     hits = {at: sum(key["hit"] for key in found["keys"] if (key["weights"], key["length"]) == at)
             for at in (("128k", 131072), ("256k", 8192), ("256k", 131072), ("256k", 262144))}
-    assert ("{} of 10 are found after the first training; after the second {} at 8192, {} at 131,072 and {} at "
-            "262,144").format(*hits.values()) in page
+    assert ("{} of 10 at 131,072 tokens after the first training; after the second {} at 8192, {} at 131,072 and {} at "
+            "262,144").format(*hits.values()) in PAGES[path]
     losses = [step["loss"] for step in found["training_at_262144"]["steps"] if step["len"] == 262144]
     assert (f"from {fmean(losses[:10]):.2f} (the first ten of {len(losses)}) to {fmean(losses[-10:]):.2f} (the last "
-            "ten)") in page
+            "ten)") in PAGES[path]

@@ -576,7 +576,7 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
     for name, factors in (("falling", FINETUNED.long.rescale_factors[::-1]), ("below", (1.0,) * PAIRS)):
         (tmp_path / name).mkdir()  # on top of the model's
         write_json(tmp_path / name / "rope.json", rope_to_dict(make_rope(factors, 16.0)))
-    given = ["--model", model_path, "--data", books, "--len", 1024, "--middle", 2, "--turns", 13, "--attention", 1.1,
+    given = ["--model", model_path, "--data", books, "--len", 1024, "--until", 1, "--turns", 13, "--attention", 1.1,
              "--rope", *(tmp_path / name / "rope.json" for name in ("falling", "below")), "--iterations", 1,
              "--depths", 0.3, 0.8, "--pieces", 5, "--out", tmp_path / "out"]
     for _ in range(2):  # the second time from the journal
@@ -585,7 +585,7 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
         *lines, whole = capsys.readouterr().out.splitlines()[1:]
     assert len({str(row) for row in rows}) == len(rows)
     best, sets = whole.split()[-1], {row["rope"] for row in rows}
-    assert {"ramp-0.7-2-13-1.1", "ramp-1-2-13-1.1", "pi", "ntk", "yarn-su", "given-falling", "given-below"} < sets
+    assert {"ramp-0.7-1-13-1.1", "ramp-1-1-13-1.1", "pi", "ntk", "yarn-su", "given-falling", "given-below"} < sets
     assert len(sets) == 8 + 8 == len(lines)
     model = load_model(model_path, device="cpu")
     for name in sets:
@@ -608,3 +608,15 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
     text = random_tokens(300)[0]
     assert ask_in_pieces(model, model.rope, [(text, torch.arange(300), None, 40)])[0] == pytest.approx(
         window_nll(model, text, 260).sum().item())
+
+
+def test_between_the_pieces_of_a_text_lie_earlier_ones_alone():
+    text, kept, source, count = second_stage.text_in_pieces(random_tokens(20_000)[0], 7, 0)
+    size = second_stage.piece_size(len(text))
+    read, places = np.isin(np.arange(len(text)), kept), np.arange(len(text))
+    assert count == len(kept) - 1 and 0 < read.sum() < len(text) / 8
+    assert (kept[source[read]].numpy() == places[read]).all()
+    assert (kept[source[~read]].numpy() < places[~read] // size * size).all()
+    blocks = [block[~read[i * size:(i + 1) * size]] for i, block in enumerate(source.split(size))]
+    assert all((block.diff() == 1).all() for block in blocks)  # in whole, as the text goes on
+    assert len(source[~read].unique()) > 4 * size and len({block[0].item() for block in blocks if len(block)}) > 40

@@ -3,10 +3,10 @@
     $ torchrun --nproc-per-node 4 tests/experiments/second_stage.py --model FINETUNED --len 2097152 --data books/search
 
 On top of the fine-tuned factors, s = --len over the length they are for, the search begins with search.py's formulas
-and ramps: by a pair's turns within that length lambda = R s below one turn (at least M), M at one, 1 at T or more, in
-log-log a line between, for each R, M, T and attention factor. Fitness is as in search.py, but for a larger weight: of
-the NLL of the end of 8 stretches of text, read in pieces, and of a key at each of --depths. The --whole sets of the
-lowest fitness are asked in whole prompts, too.
+and ramps: by a pair's turns within that length lambda = R s up to P turns, 1 at T or more, in log-log a line between,
+for each R, P, T and attention factor. Fitness is as in search.py, but for a larger weight: of the NLL of 4 stretches of
+text and of a key at each of --depths, both read in pieces that attend to as many tokens as in the whole. The --whole
+sets of the lowest fitness are asked in whole prompts, too.
 In --out: sets.jsonl, a line for each measurement (the same command goes on), and each set as NAME.json.
 """
 import functools
@@ -32,21 +32,18 @@ from search import Space, formulas, search, second_stage  # noqa: E402
 WEIGHT = 0.15  # of the key: its NLL is larger here than where search.py has 0.03
 
 
-def ramp(problem, slow, middle, turns):
+def ramp(problem, slow, until, turns):
     """lambda of the second stage for each pair, by its turns within the window that the base serves."""
-    base = problem.base.rescale_factors
-    now = problem.window / (2 * math.pi) * inv_freq_of(base, problem.rope.rope_theta)
-    lambdas = middle ** np.clip(np.log(turns / now) / np.log(turns), 0, 1)
-    lambdas = np.maximum.accumulate(np.where(now < 1, max(middle, slow * problem.scale), lambdas))
-    return replace(problem.base, rescale_factors=tuple(lambdas.round(2).tolist()))
+    now = problem.window / (2 * math.pi) * inv_freq_of(problem.base.rescale_factors, problem.rope.rope_theta)
+    lambdas = (slow * problem.scale) ** np.clip(np.log(turns / now) / np.log(turns / until), 0, 1)
+    return replace(problem.base, rescale_factors=tuple(np.maximum.accumulate(lambdas).round(2).tolist()))
 
 
 def first_sets(args, problem, model):
     """{factors: name}, on top of the base: ramps, formulas, those given. Equal ones are one."""
-    sets = {f"ramp-{slow:g}-{middle:g}-{turns:g}-{factor:g}": replace(ramp(problem, slow, middle, turns),
-                                                                    attention_factor=factor)
-            for slow, middle, turns, factor in itertools.product(args.slow, args.middle, args.turns, args.attention)
-            if middle > 1 or turns == args.turns[0]}
+    sets = {f"ramp-{slow:g}-{until:g}-{turns:g}-{factor:g}": replace(ramp(problem, slow, until, turns),
+                                                                   attention_factor=factor)
+            for slow, until, turns, factor in itertools.product(args.slow, args.until, args.turns, args.attention)}
     sets |= formulas(problem, args.len)
     for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
         given = rope.at(args.len).over(problem.base)
@@ -55,16 +52,26 @@ def first_sets(args, problem, model):
     return {factors: name for name, factors in sets.items()}
 
 
+def text_in_pieces(tokens, count, seed):
+    """As prompt_in_pieces. What lies between the pieces of a text (T,) has keys and values of earlier ones, drawn block
+    by block: as in the whole text most tokens are far and of no use, and none is of what is still to be predicted."""
+    places = np.arange(len(tokens))
+    kept, size = pieces(len(tokens), len(tokens) // 3, count), piece_size(len(tokens))  # any middle
+    before = kept.searchsorted(places // size * size)  # tokens read before the block that a place is in
+    drawn = np.random.default_rng(seed).random(-(-len(tokens) // size))[places // size] * (before - size + 1)
+    source = np.where(np.isin(places, kept), kept.searchsorted(places), drawn.astype(int) + places % size)
+    return tokens, torch.from_numpy(kept), torch.from_numpy(source), len(kept) - 1
+
+
 def read_data(args, tokenizer):
-    """{depth: its prompt, for ask_in_pieces}, [tokens of a text], the places kept of each."""
+    """{depth: its prompt, for ask_in_pieces}, [a text, for it, too]"""
     prompts = {depth: prompt_in_pieces(tokenizer, trial | {"depth": depth}, args.pieces) for depth in args.depths
                for trial in make_trials(f"second {args.seed} {depth}", [args.len], 1, 1)}
     text = " ".join(text for _, text in read_documents(args.data))
     tokens = torch.tensor([i for some in encode_all([text], tokenizer) for _, ids in some for i in ids])
     if len(tokens) < args.len:
         raise UserError(f"{len(tokens)} tokens in all documents, fewer than --len {args.len}: give more --data")
-    kept = torch.from_numpy(pieces(args.len, args.len // 3, args.pieces))  # any middle
-    return prompts, anywhere(tokens, args.len, 8, args.seed), kept
+    return prompts, [text_in_pieces(text, args.pieces, args.seed) for text in anywhere(tokens, args.len, 4, args.seed)]
 
 
 def parser():
@@ -72,8 +79,8 @@ def parser():
     add = p.add_argument
     add("--len", type=functools.partial(whole, least=2), required=True, help="target length")
     add("--slow", type=float, nargs="+", default=[0.7, 1], metavar="R", help="default: 0.7 1")
-    add("--middle", type=float, nargs="+", default=[4, 8], metavar="M", help="default: 4 8")
-    add("--turns", type=float, nargs="+", default=[100, 1000], metavar="T", help="above 1 (default: 100 1000)")
+    add("--until", type=float, nargs="+", default=[1, 10], metavar="P", help="default: 1 10")
+    add("--turns", type=float, nargs="+", default=[100, 1000], metavar="T", help="above P (default: 100 1000)")
     add("--attention", type=float, nargs="+", default=[1.2, 1.3], metavar="A", help="factors (default: 1.2 1.3)")
     add("--rope", nargs="+", default=[], help="rope.json of more sets, put in order and to at least 1")
     add("--iterations", type=whole, default=10, help="generations of 8 candidates after those (default: 10)")
@@ -91,17 +98,16 @@ def main(argv=None):
     model = begin(args)
     tokenizer = load_tokenizer(model.path)
     problem = second_stage(resolve_rope("model", model), args.len)
-    prompts, texts, some = read_data(args, tokenizer)
-    end = piece_size(args.len) - 1  # tokens of a text's last piece, save its first
+    prompts, texts = read_data(args, tokenizer)
     journal = Journal(args.out / "sets.jsonl", describe(model, tokenizer) | {
-        "len": args.len, "pieces": args.pieces, "data_sha256": data_hash(texts)}, recorded(args))
+        "len": args.len, "pieces": args.pieces, "data_sha256": data_hash([text for text, *_ in texts])}, recorded(args))
     asked = [{"length": args.len, "of": of, "at": at} for of, places in (("text", range(len(texts))), ("key", prompts))
              for at in places]
     table = {}
 
     def measure(task):
         if task["of"] == "text":
-            return {"nll": ask_in_pieces(model, model.rope, [(texts[task["at"]], some, None, end)])[0] / end}
+            return {"nll": ask_in_pieces(model, model.rope, [texts[task["at"]]])[0] / texts[task["at"]][-1]}
         prompt = prompts[task["at"]]
         if task["of"] == "key":
             return {"nll": ask_in_pieces(model, model.rope, [prompt])[0]}

@@ -440,7 +440,8 @@ def test_the_formulas_are_compared_with_their_own_attention_factors_and_plain_ro
     assert first["yarn-su"] == replace(yarn, attention_factor=su_factor(8, WINDOW))
     assert second["yarn-su"].attention_factor == su_factor(8, WINDOW)
     assert first["none"] == rope.trained and first["yarn"] == yarn and first["pi"] == candidate([8.0] * PAIRS)
-    assert second["none"] == rope.long and second["yarn"].attention_factor == yarn.attention_factor
+    twice = FORMULAS["yarn"](PAIRS, 10000.0, WINDOW, 2).on(rope.long).rescale_factors  # by turns within WINDOW
+    assert second["none"] == rope.long and second["yarn"] == replace(yarn, rescale_factors=twice)
     assert second["pi"] == replace(candidate([2.0] * PAIRS).on(rope.long), attention_factor=attention)
     for changes, factor in (((), 1.0), (("--export", "out"), attention)):  # transformers has one for both sets
         assert compared(recovery, rope, 64, *changes) == {"none": replace(plain(PAIRS), attention_factor=factor),

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from eval_passkey import ask_in_pieces, make_trials, piece_size, pieces, prompt_in_pieces  # noqa: E402
+from eval_passkey import ask_in_pieces, make_trials, piece_size, prompt_in_pieces  # noqa: E402
 from eval_ppl import anywhere  # noqa: E402
 from finetune import encode_all  # noqa: E402
 from longrope import (Journal, Parser, UserError, begin, data_hash, describe, inv_freq_of,  # noqa: E402
@@ -53,13 +53,15 @@ def first_sets(args, problem, model):
 
 
 def text_in_pieces(tokens, count, seed):
-    """As prompt_in_pieces. What lies between the pieces of a text (T,) has keys and values of earlier ones, drawn block
-    by block: as in the whole text most tokens are far and of no use, and none is of what is still to be predicted."""
-    places = np.arange(len(tokens))
-    kept, size = pieces(len(tokens), len(tokens) // 3, count), piece_size(len(tokens))  # any middle
-    before = kept.searchsorted(places // size * size)  # tokens read before the block that a place is in
-    drawn = np.random.default_rng(seed).random(-(-len(tokens) // size))[places // size] * (before - size + 1)
-    source = np.where(np.isin(places, kept), kept.searchsorted(places), drawn.astype(int) + places % size)
+    """As prompt_in_pieces, in half as many pieces, evenly placed, of twice the size. What lies between them in the text
+    (T,) has keys and values of earlier ones, drawn 64 by 64: as in the whole text most tokens are far and of no use,
+    and none is of what is still to be predicted."""
+    places, size = np.arange(len(tokens)), 2 * piece_size(len(tokens))
+    starts = np.linspace(0, len(tokens) - size, (count + 1) // 2).round().astype(int)
+    kept = np.unique(np.add.outer(starts, np.arange(size)))
+    before = kept.searchsorted(places // 64 * 64)  # tokens read before those 64
+    drawn = np.random.default_rng(seed).random(-(-len(tokens) // 64))[places // 64] * (before - 63)
+    source = np.where(np.isin(places, kept), kept.searchsorted(places), drawn.astype(int) + places % 64)
     return tokens, torch.from_numpy(kept), torch.from_numpy(source), len(kept) - 1
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from importlib import import_module
 from statistics import fmean, median
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -269,6 +270,12 @@ def test_the_numbers_of_smollm2_at_two_million_are_those_in_its_file():
             for at in (("128k", 131072), ("256k", 8192), ("256k", 131072), ("256k", 262144))}
     assert ("{} of 10 at 131,072 tokens after the first training; after the second {} at 8192, {} at 131,072 and {} at "
             "262,144").format(*hits.values()) in PAGES[path]
+    read = json.loads((path.parent / "second-stage.json").read_text())["bundled_at_32768"]
+    rank = {how: np.argsort(np.argsort([row[how] for row in read])) for how in ("whole", "pieces", "spread")}
+    assert "with the whole is {:.2f}, that of the same pieces alone {:.2f}.".format(
+        *(np.corrcoef(rank["whole"], rank[how])[0, 1] for how in ("spread", "pieces"))) in PAGES[path]
+    shown = [cells for _, *cells in cells_of(PAGES[path]) if len(cells) == 3]
+    assert len(read) == 12 and all([f"{row[how]:.3f}" for how in rank] in shown for row in read)
     losses = [step["loss"] for step in found["training_at_262144"]["steps"] if step["len"] == 262144]
     assert (f"from {fmean(losses[:10]):.2f} (the first ten of {len(losses)}) to {fmean(losses[-10:]):.2f} (the last "
             "ten)") in PAGES[path]

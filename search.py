@@ -236,8 +236,8 @@ UNFINISHED = "export.part"  # in --export until it is whole, so that the same co
 
 def formulas(problem, length, beyond=1.0):
     """PI, NTK and YaRN for `beyond` times s, which is length over window, or where the base serves so many the
-    problem's. YaRN goes by turns within the model's own window, also on a base, which slows slow pairs by about what
-    it is for, and has its own attention factor or su for all of `length`. The others have the rope's."""
+    problem's. YaRN counts turns within the model's own window, on a base too: it has slowed slow pairs by about as much
+    as its window grew. YaRN has its own attention factor or su for all of `length`, the others have the rope's."""
     rope, s = problem.rope, length / problem.window if length > problem.window else problem.scale
     window = rope.original_max_position_embeddings
     attention = {"yarn": yarn_factor(length / window), "yarn-su": su_factor(length / window, window)}

@@ -576,7 +576,7 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
     for name, factors in (("falling", FINETUNED.long.rescale_factors[::-1]), ("below", (1.0,) * PAIRS)):
         (tmp_path / name).mkdir()  # on top of the model's
         write_json(tmp_path / name / "rope.json", rope_to_dict(make_rope(factors, 16.0)))
-    given = ["--model", model_path, "--data", books, "--len", 1024, "--until", 1, "--turns", 13, "--attention", 1.1,
+    given = ["--model", model_path, "--data", books, "--len", 1024, "--until", 1, 20, "--turns", 13, "--attention", 1.1,
              "--rope", *(tmp_path / name / "rope.json" for name in ("falling", "below")), "--iterations", 1,
              "--depths", 0.3, 0.8, "--pieces", 5, "--out", tmp_path / "out"]
     for _ in range(2):  # the second time from the journal

@@ -3,10 +3,10 @@
     $ torchrun --nproc-per-node 4 tests/experiments/second_stage.py --model FINETUNED --len 2097152 --data books/search
 
 On top of the fine-tuned factors, s = --len over the length they are for, the search begins with search.py's formulas
-and ramps: by a pair's turns within that length lambda = R s up to P turns, 1 at T or more, in log-log a line between,
-for each R, P, T and attention factor. Fitness is as in search.py, but for a larger weight: of the NLL of 4 stretches of
-text and of a key at each of --depths, both read in pieces that attend to as many tokens as in the whole. The --whole
-sets of the lowest fitness are asked in whole prompts, too.
+and ramps: lambda = R s for pairs of up to P turns within that length, as the base slows them, 1 from T turns on, in
+log-log a line between, for each R, P, T above P and attention factor. Fitness is as in search.py, but for a larger
+weight: of the NLL of 4 stretches of text and of a key at each of --depths, both read in pieces that attend to as many
+tokens as in the whole. The --whole sets of the lowest fitness are asked in whole prompts, too.
 In --out: sets.jsonl, a line for each measurement (the same command goes on), and each set as NAME.json.
 """
 import functools
@@ -35,7 +35,7 @@ WEIGHT = 0.15  # of the key: its NLL is larger here than where search.py has 0.0
 def ramp(problem, slow, until, turns):
     """lambda of the second stage for each pair, by its turns within the window that the base serves."""
     now = problem.window / (2 * math.pi) * inv_freq_of(problem.base.rescale_factors, problem.rope.rope_theta)
-    lambdas = (slow * problem.scale) ** np.clip(np.log(turns / now) / np.log(turns / until), 0, 1)
+    lambdas = max(1, slow * problem.scale) ** np.clip(np.log(turns / now) / np.log(turns / until), 0, 1)
     return replace(problem.base, rescale_factors=tuple(np.maximum.accumulate(lambdas).round(2).tolist()))
 
 
@@ -43,7 +43,8 @@ def first_sets(args, problem, model):
     """{factors: name}, on top of the base: ramps, formulas, those given. Equal ones are one."""
     sets = {f"ramp-{slow:g}-{until:g}-{turns:g}-{factor:g}": replace(ramp(problem, slow, until, turns),
                                                                    attention_factor=factor)
-            for slow, until, turns, factor in itertools.product(args.slow, args.until, args.turns, args.attention)}
+            for slow, until, turns, factor in itertools.product(args.slow, args.until, args.turns, args.attention)
+            if turns > until}
     sets |= formulas(problem, args.len)
     for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
         given = rope.at(args.len).over(problem.base)
@@ -55,8 +56,9 @@ def first_sets(args, problem, model):
 def text_in_pieces(tokens, count, seed):
     """As prompt_in_pieces, in half as many pieces, evenly placed, of twice the size. What lies between them in the text
     (T,) has keys and values of earlier ones, drawn 64 by 64: as in the whole text most tokens are far and of no use,
-    and none is of what is still to be predicted."""
-    places, size = np.arange(len(tokens)), 2 * piece_size(len(tokens))
+    and none is of what is still to be predicted. (A piece's first token is predicted from the piece before, one of a
+    thousand.)"""
+    places, size = np.arange(len(tokens)), min(2 * piece_size(len(tokens)), len(tokens))
     starts = np.linspace(0, len(tokens) - size, (count + 1) // 2).round().astype(int)
     kept = np.unique(np.add.outer(starts, np.arange(size)))
     before = kept.searchsorted(places // 64 * 64)  # tokens read before those 64
@@ -100,6 +102,8 @@ def main(argv=None):
     model = begin(args)
     tokenizer = load_tokenizer(model.path)
     problem = second_stage(resolve_rope("model", model), args.len)
+    if args.len <= problem.window:
+        raise UserError(f"--len {args.len}: the model's factors serve {problem.window} tokens already")
     prompts, texts = read_data(args, tokenizer)
     journal = Journal(args.out / "sets.jsonl", describe(model, tokenizer) | {
         "len": args.len, "pieces": args.pieces, "data_sha256": data_hash([text for text, *_ in texts])}, recorded(args))
@@ -109,7 +113,8 @@ def main(argv=None):
 
     def measure(task):
         if task["of"] == "text":
-            return {"nll": ask_in_pieces(model, model.rope, [texts[task["at"]]])[0] / texts[task["at"]][-1]}
+            text = texts[task["at"]]
+            return {"nll": ask_in_pieces(model, model.rope, [text])[0] / text[-1]}
         prompt = prompts[task["at"]]
         if task["of"] == "key":
             return {"nll": ask_in_pieces(model, model.rope, [prompt])[0]}

@@ -144,16 +144,14 @@ def prompt_in_pieces(tokenizer, trial, count=PIECES):
 
 @torch.inference_mode()
 def ask_in_pieces(model, rope, prompts):
-    """(-log p of the keys, a mean over prompts; how many are the argmax all through). Without sources what is read
-    attends to itself alone."""
+    """(-log p of the keys, a mean over prompts; how many are the argmax all through)"""
     device, nll, found = model.unembedding.device, 0.0, 0
     table = cos, sin = rope.table(len(prompts[0][0]), device)
     for tokens, kept, source, count in prompts:
         tokens, kept = tokens[kept].to(device), kept.to(device)
-        attend = attention if source is None else spreading(table, kept, source.to(device))
+        attend = spreading(table, kept, source.to(device))
         # so little that each process of a context reads it alone
-        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), repeat(attend),
-                              len(kept if source is None else source))[0, -1 - count:-1]
+        hidden = model.hidden(tokens[None], (cos[kept], sin[kept]), repeat(attend), len(source))[0, -1 - count:-1]
         nll += token_nll(hidden, model.unembedding, tokens[-count:]).sum().item() / len(prompts)
         found += bool((F.linear(hidden, model.unembedding).argmax(-1) == tokens[-count:]).all())
     if not math.isfinite(nll):

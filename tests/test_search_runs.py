@@ -605,8 +605,8 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
             prompt = prompt_in_pieces(load_tokenizer(model_path), trial | {"depth": depth}, 5)
             assert mine["key", depth] == pytest.approx(ask_in_pieces(model, model.rope, [prompt])[0])
             assert len(prompt[1]) <= 5 * 128  # of 1024 places
-    text = random_tokens(300)[0]
-    assert ask_in_pieces(model, model.rope, [(text, torch.arange(300), None, 40)])[0] == pytest.approx(
+    text, every = random_tokens(300)[0], torch.arange(300)
+    assert ask_in_pieces(model, model.rope, [(text, every, every, 40)])[0] == pytest.approx(
         window_nll(model, text, 260).sum().item())
 
 

@@ -169,35 +169,34 @@ def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):
 def test_the_numbers_of_the_second_stage_are_those_in_its_file():
     here = ROOT / "results/two-million"
     found = json.loads((here / "second-stage.json").read_text())
-    table = {(name, a): cell for name, *cells in cells_of(PAGES[here / "README.md"]) for a, cell in zip(
-        (1.1, 1.2, 1.3), cells) if cell}
-    rows = [row for row in found["trained_in_whole_prompts"] if (row["length"], row["depth"]) == (524288, 0.4)
-            and row["attention_factor"] in (1.1, 1.2, 1.3)]
-    in_table = {(row["set"], row["attention_factor"]) for row in rows} & {*table}
-    assert len(in_table) == 16 and len({name for name, _ in in_table}) == 8
-    assert all(table[row["set"], row["attention_factor"]] == f"{row['key_nll']:.2f}" for row in rows
-               if (row["set"], row["attention_factor"]) in in_table)
-    likely = {(row["set"], row["attention_factor"]) for row in rows if max(row["nll_of_tokens"]) < math.log(2)}
-    bold = re.findall(r"\*\*(\d\.\d\d)\*\*", PAGES[here / "README.md"])
-    assert sorted(table[at] for at in likely) == sorted(bold)
+    at_524288 = {(row["set"], row["attention_factor"]): f"{row['key_nll']:.2f}" for row in found[
+        "trained_in_whole_prompts"] if (row["length"], row["depth"]) == (524288, 0.4)}
+    cells = [at_524288[name, factor] for name in ("nothing", "slow pairs twice") for factor in (1.1, 1.2, 1.3)
+             if (name, factor) in at_524288]
+    assert "has {}, {} and {} with attention factors 1.1, 1.2 and 1.3, with slow pairs twice as slow {} and {} ".format(
+        *cells) in PAGES[here / "README.md"]
     untrained = [[row["set"].removeprefix("slow pairs ") + f", {row['attention_factor']}" * bool(
         row["attention_factor"]), str(row["length"]), *(f"{row[key]:.3f}" if key in row else "" for key in (
             "whole", "pieces", "spread_9_evenly", "spread_33_evenly", "spread"))] for row in found["untrained"]]
     assert sum(row in untrained for row in cells_of(PAGES[here / "README.md"])) == len(untrained) == 13
-    names = {"PI": "pi", "NTK": "ntk", "YaRN": "yarn", "the best ramp by keys": "ramp-1-8-1000-1.3"}
+    shown = {name: cells for name, *cells in cells_of(PAGES[here / "README.md"])}
     weights = {"trained": "trained", "halfway": "averaged", "untrained": "untrained", "at 1e-5": "third"}
-    best = {of: min(found[f"{of}_at_2097152"], key=lambda row: sum(row["key_nll"]))["set"] for of in weights.values()}
-    compared = {name: cells for name, *cells in cells_of(PAGES[here / "README.md"]) if name.split(",")[0] in weights}
-    assert len(compared) == 11 and best["untrained"] == "ramp-1-8-1000-1.3"
+    names = {"at 1e-5, PI": "pi", "at 1e-5, NTK": "ntk", "at 1e-5, YaRN": "yarn"}
+    for name in (*names, *(f"{of}, the best by keys" for of in weights)):
+        sets = found[f"{weights[name.split(',')[0]]}_at_2097152"]
+        row = (next(row for row in sets if row["set"] == names[name]) if name in names
+               else min(sets, key=lambda row: sum(row["key_nll"])))
+        assert shown[name] == [f"{row['attention_factor']:.2f}", *(f"{x:.3f}" for x in row["key_nll"])], name
+    mean = {of: f"{min(fmean(row['key_nll']) for row in found[f'{of}_at_2097152']):.2f}" for of in weights.values()}
+    assert f"the mean is {mean['untrained']} untrained, {mean['third']} after" in PAGES[here / "README.md"]
+    sizes = [len(found[f"{of}_at_2097152"]) for of in weights.values()]
+    assert "lowest mean of {}, {}, {} and {} sets".format(*sizes) in PAGES[here / "README.md"]
     for training, words in (("second_training", "fell from {} (the first five) to {} (the last five), of code from {} "
                              "to {}."), ("third_training", "from {} to {} and from {} to {};")):
         whole = [row["loss"] for row in found[training]["steps"] if row["len"] == 262144]
         of = [x for x in whole if x > 3], [x for x in whole if x < 1]
         ends = [f"{sum(some[part]) / 5:.2f}" for some in of for part in (slice(5), slice(-5, None))]
         assert words.format(*ends) in PAGES[here / "README.md"]
-    near = [f"{row['key_nll']:.3f}" for row in found["keys_at_65536"] if row["depth"] == 0.25]
-    assert "{} untrained and {} trained at 2e-5 under the set with 1.1, {} untrained and {} trained at 1e-5".format(
-        *near) in PAGES[here / "README.md"]
     found_at = Counter()
     for key in found["third_keys"]:
         found_at[key["length"]] += key["hit"]
@@ -205,10 +204,34 @@ def test_the_numbers_of_the_second_stage_are_those_in_its_file():
     further = {row["set"]: fmean(row["key_nll"]) for row in found["third_at_524288"]}
     assert (f"({len(further)} sets; by spread pieces a key's mean NLL is {min(further.values()):.2f}, NTK's "
             f"{further['ntk']:.2f}) finds 7 of 10") in PAGES[here / "README.md"]
-    for name, cells in compared.items():
-        of, name = name.split(", ")
-        row, = (row for row in found[f"{weights[of]}_at_2097152"] if row["set"] == names.get(name, best[weights[of]]))
-        assert cells == [f"{row['attention_factor']:.2f}", *(f"{x:.3f}" for x in (row["text_nll"], *row["key_nll"]))]
+
+
+def test_the_numbers_of_the_15b_at_two_million_are_those_in_its_file():
+    page, here = PAGES[ROOT / "results/two-million/README.md"], ROOT / "results/two-million"
+    found = json.loads((here / "second-stage.json").read_text())["untrained_1.5b"]
+    sets = {row["set"]: row for row in found["sets_at_2097152"]}
+    names = {"nothing": "given-none", "PI": "pi", "NTK": "ntk", "YaRN": "yarn", "YaRN, su": "yarn-su",
+             "YaRN for 64 times, no base": "given-yarn", "the 0.5B's, carried over": "given-carried",
+             "ramp to 4 times": "ramp-0.5-8-1000-1.1", "searched": "mutation-2-6"}
+    _, _, *shown = cells_of(page[:page.index("## How a candidate")])
+    for name, *cells in shown:
+        row = sets[names.get(name, f"ramp-1-8-1000-{float(cells[0]):g}")]
+        assert cells == [f"{row['attention_factor']:.2f}",
+                         *(f"{x:.3f}" for x in (row["text_nll"], *row["key_nll"]))], name
+    assert len(shown) == 11 and len(sets) == 36
+
+    def best(weight):
+        return min(sets.values(), key=lambda row: row["text_nll"] + weight * math.log1p(fmean(row["key_nll"])))["set"]
+    assert (best(0.15), best(0.3)) == ("mutation-2-6", "ramp-1-8-1000-1.25")
+    assert min(row["text_nll"] for row in sets.values()) == sets["ramp-0.5-8-1000-1.1"]["text_nll"]
+    factors = json.loads((here / "1.5b.rope.json").read_text())
+    base = json.loads((ROOT / found["base"]).read_text())
+    assert factors["factor"] == 64 and np.divide(factors["long_factor"], base["long_factor"]).max() == pytest.approx(8)
+    assert factors["attention_factor"] == 1.25
+    keys = found["keys_at_2097152"]
+    hits, seconds = sum(key["hit"] for key in keys), [key["seconds"] for key in keys]
+    assert f"finds the key in {hits} of {len(keys)}, at depths 0 to {keys[-1]['depth']:.2f} of ten" in page
+    assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s on four H100, one sequence on all, 71.6 GiB" in page
 
 
 @pytest.mark.parametrize("path", [path for path in sorted(ROOT.glob("tests/experiments/*.py"))

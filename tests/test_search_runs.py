@@ -587,12 +587,13 @@ def test_the_script_for_lengths_that_take_minutes_searches_by_pieces_on_top_of_t
     best, sets = whole.split()[-1], {row["rope"] for row in rows}
     assert {"ramp-0.7-1-13-1.1", "ramp-1-1-13-1.1", "pi", "ntk", "yarn-su", "given-falling", "given-below"} < sets
     assert len(sets) == 8 + 8 == len(lines)
+    assert load_rope(tmp_path / "out/rope.json") == load_rope(tmp_path / f"out/{best}.json")
     model = load_model(model_path, device="cpu")
     for name in sets:
         mine = {(row["of"], row["at"]): row["nll"] for row in rows if row["rope"] == name}
         text, key = (np.mean([mine[at] for at in mine if at[0] == of]) for of in ("text", "key"))
         line, = (line.split() for line in lines if line.split()[-1] == name)
-        assert float(line[0]) == pytest.approx(text + 0.15 * math.log1p(key), abs=1e-4)
+        assert float(line[0]) == pytest.approx(text + 0.3 * math.log1p(key), abs=1e-4)
         assert line == lines[0].split() if name == best else float(line[0]) >= float(lines[0].split()[0])
         model.rope = load_rope(tmp_path / f"out/{name}.json")
         assert model.rope.scale == 16 and model.rope.short == FINETUNED.short

@@ -7,7 +7,8 @@ and ramps: lambda = R s for pairs of up to P turns within that length, as the ba
 log-log a line between, for each R, P, T above P and attention factor. Fitness is as in search.py, but for a larger
 weight: of the NLL of 4 stretches of text and of a key at each of --depths, both read in pieces that attend to as many
 tokens as in the whole. The --whole sets of the lowest fitness are asked in whole prompts, too.
-In --out: sets.jsonl, a line for each measurement (the same command goes on), and each set as NAME.json.
+In --out: sets.jsonl, a line for each measurement (the same command goes on), each set as NAME.json, and the one of the
+lowest fitness as rope.json.
 """
 import functools
 import itertools
@@ -144,6 +145,8 @@ def main(argv=None):
         return " ".join(f"{row:7.3f}" for row in rows)
     say(f"{'fitness':>10}{'text':>8}   key's NLL at depths {' '.join(map(str, args.depths))}   rope")
     best = sorted(table, key=lambda name: table[name][0])
+    if rank() == 0:
+        write_json(args.out / "rope.json", rope_to_dict(table[best[0]][3]))
     for name in best:
         fitness, text, keys, _ = table[name]
         say(f"{fitness:10.4f}{text:8.4f}   {values(keys)}   {name}")

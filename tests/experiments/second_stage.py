@@ -8,7 +8,7 @@ log-log a line between, for each R, P, T above P and attention factor. Fitness i
 weight: of the NLL of 4 stretches of text and of a key at each of --depths, both read in pieces that attend to as many
 tokens as in the whole. The --whole sets of the lowest fitness are asked in whole prompts, too.
 In --out: sets.jsonl, a line for each measurement (the same command goes on), each set as NAME.json, and the one of the
-lowest fitness as rope.json.
+lowest fitness so far as rope.json.
 """
 import functools
 import itertools
@@ -33,11 +33,17 @@ from search import Space, formulas, search, second_stage  # noqa: E402
 WEIGHT = 0.3  # of the key; with 0.15 a set won that pays for 2% less of the text's NLL with the key in the middle
 
 
+def with_lambdas(factors, lambdas):
+    """`factors` with these lambda, put in order, none below 1."""
+    lambdas = np.maximum.accumulate(np.maximum(lambdas, 1)).round(2)
+    return replace(factors, rescale_factors=tuple(lambdas.tolist()))
+
+
 def ramp(problem, slow, until, turns):
     """lambda of the second stage for each pair, by its turns within the window that the base serves."""
     now = problem.window / (2 * math.pi) * inv_freq_of(problem.base.rescale_factors, problem.rope.rope_theta)
-    lambdas = max(1, slow * problem.scale) ** np.clip(np.log(turns / now) / np.log(turns / until), 0, 1)
-    return replace(problem.base, rescale_factors=tuple(np.maximum.accumulate(lambdas).round(2).tolist()))
+    return with_lambdas(problem.base, (slow * problem.scale) ** np.clip(
+        np.log(turns / now) / np.log(turns / until), 0, 1))
 
 
 def first_sets(args, problem, model):
@@ -49,8 +55,7 @@ def first_sets(args, problem, model):
     sets |= formulas(problem, args.len)
     for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
         given = rope.at(args.len).over(problem.base)
-        lambdas = np.maximum.accumulate(np.maximum(given.rescale_factors, 1)).round(2)
-        sets[f"given-{title_of(name)}"] = replace(given, rescale_factors=tuple(lambdas.tolist()))
+        sets[f"given-{title_of(name)}"] = with_lambdas(given, given.rescale_factors)
     return {factors: name for name, factors in sets.items()}
 
 
@@ -133,6 +138,8 @@ def main(argv=None):
         for name, _, rows in measured(journal, model, ropes, asked, measure):
             text, keys = np.mean([row["nll"] for row in rows[:len(texts)]]), [row["nll"] for row in rows[len(texts):]]
             table[name] = text + WEIGHT * math.log1p(np.mean(keys)), text, keys, ropes[name, args.len]
+            if rank() == 0:
+                write_json(args.out / "rope.json", rope_to_dict(table[min(table, key=lambda it: table[it][0])][3]))
         return dict(zip(population, (table[name][0] for name, _ in ropes), strict=True))
     starts = first_sets(args, problem, model)
     largest = max(2 * problem.scale, *(max(it.rescale_factors) for it in starts))
@@ -145,8 +152,6 @@ def main(argv=None):
         return " ".join(f"{row:7.3f}" for row in rows)
     say(f"{'fitness':>10}{'text':>8}   key's NLL at depths {' '.join(map(str, args.depths))}   rope")
     best = sorted(table, key=lambda name: table[name][0])
-    if rank() == 0:
-        write_json(args.out / "rope.json", rope_to_dict(table[best[0]][3]))
     for name in best:
         fitness, text, keys, _ = table[name]
         say(f"{fitness:10.4f}{text:8.4f}   {values(keys)}   {name}")

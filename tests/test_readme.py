@@ -168,44 +168,44 @@ def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):
 
 def test_the_numbers_of_the_second_stage_are_those_in_its_file():
     here = ROOT / "results/two-million"
-    found = json.loads((here / "second-stage.json").read_text())
+    page, found = PAGES[here / "README.md"], json.loads((here / "second-stage.json").read_text())
     at_524288 = {(row["set"], row["attention_factor"]): f"{row['key_nll']:.2f}" for row in found[
         "trained_in_whole_prompts"] if (row["length"], row["depth"]) == (524288, 0.4)}
     cells = [at_524288[name, factor] for name in ("nothing", "slow pairs twice") for factor in (1.1, 1.2, 1.3)
              if (name, factor) in at_524288]
     assert "has {}, {} and {} with attention factors 1.1, 1.2 and 1.3, with slow pairs twice as slow {} and {} ".format(
-        *cells) in PAGES[here / "README.md"]
+        *cells) in page
     untrained = [[row["set"].removeprefix("slow pairs ") + f", {row['attention_factor']}" * bool(
         row["attention_factor"]), str(row["length"]), *(f"{row[key]:.3f}" if key in row else "" for key in (
             "whole", "pieces", "spread_9_evenly", "spread_33_evenly", "spread"))] for row in found["untrained"]]
-    assert sum(row in untrained for row in cells_of(PAGES[here / "README.md"])) == len(untrained) == 13
-    shown = {name: cells for name, *cells in cells_of(PAGES[here / "README.md"])}
+    assert sum(row in untrained for row in cells_of(page)) == len(untrained) == 13
+    shown = {name: cells for name, *cells in cells_of(page)}
     weights = {"trained": "trained", "halfway": "averaged", "untrained": "untrained", "at 1e-5": "third"}
     names = {"at 1e-5, PI": "pi", "at 1e-5, NTK": "ntk", "at 1e-5, YaRN": "yarn"}
-    for name in (*names, *(f"{of}, the best by keys" for of in weights)):
-        sets = found[f"{weights[name.split(',')[0]]}_at_2097152"]
-        row = (next(row for row in sets if row["set"] == names[name]) if name in names
-               else min(sets, key=lambda row: sum(row["key_nll"])))
+    sets = {of: found[f"{name}_at_2097152"] for of, name in weights.items()}
+    best = {of: min(some, key=lambda row: fmean(row["key_nll"])) for of, some in sets.items()}
+    rows = {f"{of}, the best by keys": row for of, row in best.items()} | {
+        name: next(row for row in sets["at 1e-5"] if row["set"] == of) for name, of in names.items()}
+    for name, row in rows.items():
         assert shown[name] == [f"{row['attention_factor']:.2f}", *(f"{x:.3f}" for x in row["key_nll"])], name
-    mean = {of: f"{min(fmean(row['key_nll']) for row in found[f'{of}_at_2097152']):.2f}" for of in weights.values()}
+    mean = {of: f"{fmean(row['key_nll']):.2f}" for of, row in best.items()}
     larger = min(fmean(row["key_nll"]) for row in found["untrained_1.5b"]["sets_at_2097152"])
-    assert (f"by keys is {mean['untrained']} untrained, {mean['third']} after the gentler training and 200 more sets; "
-            f"the 1.5B, untrained, has {larger:.2f}.") in PAGES[here / "README.md"]
-    sizes = [len(found[f"{of}_at_2097152"]) for of in weights.values()]
-    assert "*The best by keys*, of {}, {}, {} and {} sets".format(*sizes) in PAGES[here / "README.md"]
+    assert (f"by keys is {mean['untrained']} untrained, {mean['at 1e-5']} after the gentler training and 200 more "
+            f"sets; the 1.5B, untrained, has {larger:.2f}.") in page
+    assert "*The best by keys*, of {}, {}, {} and {} sets".format(*map(len, sets.values())) in page
     for training, words in (("second_training", "fell from {} (the first five) to {} (the last five), of code from {} "
                              "to {}."), ("third_training", "from {} to {} and from {} to {};")):
         whole = [row["loss"] for row in found[training]["steps"] if row["len"] == 262144]
         of = [x for x in whole if x > 3], [x for x in whole if x < 1]
         ends = [f"{sum(some[part]) / 5:.2f}" for some in of for part in (slice(5), slice(-5, None))]
-        assert words.format(*ends) in PAGES[here / "README.md"]
+        assert words.format(*ends) in page
     found_at = Counter()
     for key in found["third_keys"]:
         found_at[key["length"]] += key["hit"]
     assert found_at == {4096: 10, 8192: 10, 32768: 10, 131072: 10, 262144: 10, 524288: 7}
     further = {row["set"]: fmean(row["key_nll"]) for row in found["third_at_524288"]}
     assert (f"({len(further)} sets; by spread pieces a key's mean NLL is {min(further.values()):.2f}, NTK's "
-            f"{further['ntk']:.2f}) finds 7 of 10") in PAGES[here / "README.md"]
+            f"{further['ntk']:.2f}) finds 7 of 10") in page
 
 
 def test_the_numbers_of_the_15b_at_two_million_are_those_in_its_file():
@@ -253,7 +253,8 @@ def test_there_are_at_most_100_results_and_50_options():
 
 def test_the_numbers_of_smollm2_at_two_million_are_those_in_its_file():
     path = ROOT / "results/two-million/README.md"
-    found = json.loads((path.parent / "second-stage.json").read_text())["smollm2"]
+    file = json.loads((path.parent / "second-stage.json").read_text())
+    found, read = file["smollm2"], file["bundled_at_32768"]
     within, beyond = [*tables(path, r"\| rope \|")][1:]
     hits = Counter()
     for key in found["keys_of_ropes"]:
@@ -296,7 +297,6 @@ def test_the_numbers_of_smollm2_at_two_million_are_those_in_its_file():
             for at in (("128k", 131072), ("256k", 8192), ("256k", 131072), ("256k", 262144))}
     assert ("{} of 10 at 131,072 tokens after the first training; after the second {} at 8192, {} at 131,072 and {} at "
             "262,144").format(*hits.values()) in PAGES[path]
-    read = json.loads((path.parent / "second-stage.json").read_text())["bundled_at_32768"]
     rank = {how: np.argsort(np.argsort([row[how] for row in read])) for how in ("whole", "pieces", "spread")}
     assert "with the whole is {:.2f}, that of the same pieces alone {:.2f}.".format(
         *(np.corrcoef(rank["whole"], rank[how])[0, 1] for how in ("spread", "pieces"))) in PAGES[path]

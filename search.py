@@ -127,7 +127,7 @@ def search(args, rng, starts, space, evaluate):
                           args.screening * args.num_crossovers if len(parents) > 1 else 0, {*fitness, *mutants})
         population = dict.fromkeys(mutants, "mutation") | dict.fromkeys(children, "crossover")
         if args.screening > 1 and population:
-            doubt = DOUBT if len(fitness) >= DOUBT_FROM else 0  # with little to go by all is doubtful
+            doubt = DOUBT if len(fitness) >= DOUBT_FROM else 0  # of few, all are equally doubtful
             chosen = promising(fitness, args.turns, [*population], doubt)[:args.num_mutations + args.num_crossovers]
             population = {candidate: population[candidate] for candidate in chosen}
 
@@ -432,10 +432,11 @@ def say_cost(args, model, documents, prompts, candidates, ropes):
 def parser():
     p = Parser(__doc__)
     add = p.add_argument
-    add("--len", type=partial(whole, least=2), help="target length (default: 8 times the window L, with --short L)")
+    add("--len", type=partial(whole, least=2), help="target length, in tokens (default: 8 times the "
+        "window L, with --init 8 times what that serves, with --short L)")
     add("--samples", type=natural, default=1, metavar="N",
         help="documents a candidate is evaluated on, in turn those of the search: half of the 10 that are read, on a "
-        "CPU 4, or 2 N; the others are to compare on (default: 1; the paper: all 5)")
+        "CPU 4, or of 2 N if that is more; the others are to compare on (default: 1; the paper: all 5)")
     for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
@@ -444,21 +445,21 @@ def parser():
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
         help="first tokens that no factor changes; search = a gene (default: 0, as transformers and vLLM know none)")
     add("--attention-factor", choices=["su", "yarn", "none", "search"],
-        help="su = sqrt(1 + ln s / ln L), yarn = 0.1 ln s + 1, s = --len / L; none = 1; search = a gene (default: "
-        "search; with --short and --export the long set's, since Hugging Face has one for both)")
-    add("--slow-least", type=float, metavar="R", help="the bound: no factor below R s, R s at most the largest "
-        "factor, 1.25 s, for slow pairs, those that make no full turn within the window: it keeps pass keys (default: "
+        help="su = sqrt(1 + ln s / ln L), yarn = 0.1 ln s + 1, s = --len / L; none = 1; search = a gene, from 1 to "
+        "1.25 su (default: search; with --short and --export the long set's, since Hugging Face has one for both)")
+    add("--slow-least", type=float, metavar="R", help="the bound: no factor below R s, s = --len over what the "
+        "base serves, for slow pairs, those that make no full turn within that: it keeps pass keys (default: "
         f"{SLOW_LEAST}; 0, as in the paper, with --fitness ppl or --short)")
     add("--start-from", dest="start", type=Path, metavar="ROPE",
         help="rope.json, say of another length, whose factors, put within the bounds, are a first candidate, too")
     add("--init", type=Path, metavar="ROPE",
-        help="rope.json of a fine-tuned model: search a second stage on top of it; with --short of any model")
+        help="rope.json of a fine-tuned model: search a second stage on top of it; with --short of any extended one")
     add("--short", action="store_true", help="search the short set of --init, for lengths up to --len")
     add("--screening", type=natural, default=64, metavar="N",
         help="make N times as many candidates, evaluate the most promising; 1 is the paper's search (default: 64)")
     add("--fitness", choices=["keys", "ppl"],
         help=f"keys = NLL a token + {KEY_WEIGHT} log(1 + NLL of a pass key), ppl = the first alone, as in the paper "
-        "(default: keys, but without --short ppl where by keys plain RoPE beats the formulas)")
+        "(default: keys; ppl where by keys plain RoPE beats PI, NTK and YaRN, but not with --short)")
     add("--max-evals", type=natural, metavar="N", help="stop after so many candidates (default: all)")
     add("--out", type=Path, help="directory of the result (default: out/search-LEN[-short])")
     add("--export", type=Path, metavar="DIR", help="write a Hugging Face directory, a new one, with the result and "
@@ -466,9 +467,9 @@ def parser():
     return p
 
 
-def fill_in(args, model):
-    """Defaults that depend on the model and the machine."""
-    args.len = args.len or (1 if args.short else 8) * model.window
+def fill_in(args, model, rope):
+    """Defaults that depend on the model, the rope of --init and the machine."""
+    args.len = args.len or (model.window if args.short else 8 * (rope.target_length if args.init else model.window))
     args.out = args.out or Path(f"out/search-{args.len}{'-short' * args.short}")
     args.attention_factor = args.attention_factor or ("the long set's" if args.short and args.export else "search")
     on_cpu = model.unembedding.device.type == "cpu"
@@ -480,9 +481,8 @@ def fill_in(args, model):
     vars(args).update({key: value for key, value in defaults.items() if getattr(args, key) is None})
 
 
-def problem_of(args, model):
+def problem_of(args, rope):
     """The Problem that the arguments ask for."""
-    rope = resolve_rope(args.init or "config", model)
     problem = (recovery if args.short else second_stage if args.init else first_stage)(rope, args.len)
     if args.short and (not args.init or args.len >= rope.target_length):
         raise UserError("--short: give an extended model's rope.json with --init, and a --len below its long set's")
@@ -519,10 +519,11 @@ def read_data(args, model, tokenizer):
 def main(argv=None):
     args = parser().parse_args(argv)
     model = begin(args)
-    fill_in(args, model)
+    rope = resolve_rope(args.init or "config", model)
+    fill_in(args, model, rope)
     tokenizer = load_tokenizer(model.path)
     share_sequences(model, args.context_parallel, [args.len])
-    problem = problem_of(args, model)
+    problem = problem_of(args, rope)
     start = resolve_rope(args.start, model, args.len).at(args.len) if args.start else None
     space, starts = first_candidates(args, problem, start)
     total = max(args.population_size, len(starts)) + args.iterations * (args.num_mutations + args.num_crossovers)

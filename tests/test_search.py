@@ -320,7 +320,8 @@ def extended(scale, **changes):
 
 def filled_in(device, *arguments, window=131072):
     args = search.parser().parse_args(arguments)
-    search.fill_in(args, SimpleNamespace(window=window, unembedding=SimpleNamespace(device=torch.device(device))))
+    search.fill_in(args, SimpleNamespace(window=window, unembedding=SimpleNamespace(device=torch.device(device))),
+                   SimpleNamespace(target_length=4 * window))
     return args
 
 
@@ -526,6 +527,8 @@ def test_the_defaults_are_few_candidates_and_on_a_cpu_fewer():
     for given, bound in (("", 1.19), ("--fitness ppl", 0), ("--short", 0), ("--slow-least 0", 0)):
         assert search.bound_of(filled_in("cpu", *given.split())) == bound
     assert (filled_in("cpu").fitness, filled_in("cpu", "--short").fitness) == (None, "keys")
+    assert [filled_in("cpu", *given.split(), window=100).len for given in (
+        "", "--init found", "--init found --short")] == [800, 3200, 100]
 
 
 def test_the_length_is_8_windows_or_with_short_the_window_and_the_attention_factor_is_searched():

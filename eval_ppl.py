@@ -127,8 +127,9 @@ def parser():
     p.add_argument("--len", type=natural, nargs="+", help="tokens in a window (default: 8 times the model's)")
     p.add_argument("--samples", type=natural, default=10, help="documents (default: 10)")
     p.add_argument("--stride", type=whole, default=0,
-                   help="tokens a window moves by, 256 in the paper (default: the window, no overlap)")
-    p.add_argument("--doc-tokens", type=natural, help="of each document, all of them scored at every length, in "
+                   help="tokens a window moves by, 256 in the paper (default: no overlap; without "
+                   "--doc-tokens the first window alone)")
+    p.add_argument("--doc-tokens", type=natural, help="of each document, all scored at every length, in "
                    "windows one after another or --stride apart (default: each length's first window alone; with "
                    "--stride the longest --len and 10 strides more)")
     p.add_argument("--windows", type=few, metavar="N",

@@ -318,8 +318,8 @@ def parser():
     p.set_defaults(context_parallel=None)
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of what is computed; weights and optimizer are "
                    "float32 (default: bfloat16 on cuda, float32 on cpu)")
-    p.add_argument("--rope", help=f"{NAMED} or a rope.json (default: the model's own, for the bundled one "
-                   "out/search-LEN/rope.json or assets/rope.json)")
+    p.add_argument("--rope", help=f"{NAMED}, config (config.json alone) or a rope.json (default: the model's "
+                   "own, for the bundled one out/search-LEN/rope.json or assets/rope.json)")
     p.add_argument("--len", type=natural, help="tokens in a segment (default: 8 times the model's window)")
     p.add_argument("--mix", type=mixed, nargs="+", default=[], metavar="LEN[:TIMES]",
                    help="each step is of whole segments or of pieces of one of these lengths, which divide --len, each "

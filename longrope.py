@@ -225,7 +225,7 @@ class Context:
             dist.all_gather_into_tensor(kv, mine, self.group)
         if kv.requires_grad:  # the gradient arrives permuted; the collective would send its memory as it lies
             kv.register_hook(torch.Tensor.contiguous)
-        front, back = kv.unflatten(0, (self.size, 2)).chunk(2, dim=3)  # chunks 0 .. N-1 and 2N-1 .. N
+        front, back = kv.unflatten(0, (self.size, 2)).chunk(2, dim=3)  # chunks 0 .. N-1, 2N-1 .. N, (N, 2, B, n, K, D)
         k, v = torch.cat((front, back.flip(0))).movedim(0, 2).flatten(2, 3)  # (2, B, T, K, D)
         if cache:
             cache.keep(k, v)
@@ -1220,7 +1220,7 @@ class Parser(argparse.ArgumentParser):
             add("--data", nargs="+", default=[], metavar="PATH", help=".txt files, directories of them "
                 "or .jsonl(.gz) with a \"text\" field (default: five of the bundled books, in finetune.py the others)")
         add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
-            "sequence (default: 1; in finetune.py processes / gcd(processes, --batch-size))")
+            "sequence, of a multiple of 2 N tokens (default: 1; in finetune.py processes / gcd(them, --batch-size))")
         add("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
         add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
         add("--no-compile", dest="compile", action="store_false", help="no torch.compile, which needs a C compiler")

@@ -104,7 +104,7 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
             (ppl,), hits = (source[length] for source in sources[name])
             assert cell == f"{ppl:.{0 if ppl > 1000 else 1}f} ({sum(hits)})", (name, length)
     assert qwen == {name: qwen_cells(plots, rope, 2) for name, rope in (
-        ("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("`yarn:4`, as its cards say", "yarn:4"),
+        ("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("`yarn:4`, as the 7B's card says", "yarn:4"),
         ("searched for 262144", "262144.rope.json"))}
     printed = dict(re.findall(r"^(none|pi|ntk|yarn|yarn-su|searched) +(.+)$", text, re.MULTILINE))
     for row in json.loads((ROOT / "results/bundled/default.rope.json").read_text())["search"]["comparison"]:
@@ -232,7 +232,7 @@ def test_the_numbers_of_the_15b_at_two_million_are_those_in_its_file():
     assert factors["attention_factor"] == 1.25
     keys = found["keys_at_2097152"]
     hits, seconds = sum(key["hit"] for key in keys), [key["seconds"] for key in keys]
-    assert f"finds the key in {hits} of {len(keys)}, the first nine of ten depths, 0 to {keys[-1]['depth']:.2f}," in page
+    assert f"finds the key in {hits} of {len(keys)}, the first nine of ten depths, 0 to {keys[-1]['depth']:.2f}" in page
     assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s on four H100, one sequence on all, 71.6 GiB" in page
 
 

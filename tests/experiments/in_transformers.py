@@ -3,11 +3,11 @@
     $ python tests/experiments/in_transformers.py --models ORIGINAL EXPORTED --yarn 8 --len 65536 262144 --greedy 32 \\
           --data books/test --out out/in-transformers.json
 
-Of the windows that eval_ppl.py takes. --yarn 8: the first model with static YaRN too, as Qwen2.5's model card says. All
-else is left to transformers: of `longrope` it takes the long factors in sequences longer than the original window, else
-the short ones, with one attention factor for both; its cos and sin are in the model's dtype. --greedy 32: what its
-generate and this project's say after the shortest windows, with no penalty and no EOS. Where that leads from within the
-original window out of it, transformers changes factors on the way with the old keys cached, this project does not.
+Of the windows that eval_ppl.py takes. --yarn 8: the first model with static YaRN too, as the 7B's card says. All else
+is left to transformers: of `longrope` it takes the long factors in sequences longer than the original window, else the
+short ones, with one attention factor for both; its cos and sin are in the model's dtype. --greedy 32: what its
+generate and this project's say after the shortest windows, with no penalty and no EOS. Where that leads from within
+the original window out of it, transformers changes factors on the way with the old keys cached, this project does not.
 """
 import argparse
 import json

@@ -418,7 +418,7 @@ def say_cost(args, model, documents, prompts, candidates, ropes):
     warm_up(model, len(probe))
     begun = time.perf_counter()
     window_nll(model, probe)
-    asked = {"search": candidates + ropes * (not args.fitness), "last": args.last + 1, "table": ropes + 1}
+    asked = {"search": candidates + 4 * (not args.fitness), "last": args.last + 1, "table": ropes + 2}
     passes = candidates * args.samples + asked["last"] * args.searched + asked["table"] * len(documents) + sum(
         asked[name] * len(kept) / args.len for name, some in prompts.items() for _, kept, *_ in some)
     seconds = (time.perf_counter() - begun) * passes * forward_flops(model, args.len) / forward_flops(model, len(probe))
@@ -559,8 +559,7 @@ def main(argv=None):
     best = min(evaluate.compare(last, "last", args.searched), key=lambda row: row["fitness"])["rope"]
 
     kept = best if best in ropes else "searched"
-    if start:
-        ropes["start"] = problem.put(next(iter(starts)), args.len)
+    ropes["first"] = problem.put(next(iter(starts)), args.len)  # so what the search itself adds is seen
     ropes["searched"] = last[best]
     rows = evaluate.compare(ropes, "table", len(documents))
     say_table(args, rows, len(documents) - args.searched)

@@ -107,7 +107,7 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
     assert qwen == {name: qwen_cells(plots, rope, 2) for name, rope in (
         ("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("`yarn:4`, as the 7B's card says", "yarn:4"),
         ("searched for 262144", "262144.rope.json"))}
-    printed = dict(re.findall(r"^(none|pi|ntk|yarn|yarn-su|searched) +(.+)$", text, re.MULTILINE))
+    printed = dict(re.findall(r"^(none|pi|ntk|yarn|yarn-su|first|searched) +(.+)$", text, re.MULTILINE))
     for row in json.loads((ROOT / "results/bundled/default.rope.json").read_text())["search"]["comparison"]:
         expected = [f"{row[key]:.3f}" for key in ("attention_factor", "search", "unseen")] + [str(row["keys"])]
         assert printed[row["rope"]].split() == expected

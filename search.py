@@ -418,7 +418,7 @@ def say_cost(args, model, documents, prompts, candidates, ropes):
     warm_up(model, len(probe))
     begun = time.perf_counter()
     window_nll(model, probe)
-    asked = {"search": candidates + 4 * (not args.fitness), "last": args.last + 1, "table": ropes + 2}
+    asked = {"search": candidates + 4 * (not args.fitness), "last": args.last + 2, "table": ropes + 2}
     passes = candidates * args.samples + asked["last"] * args.searched + asked["table"] * len(documents) + sum(
         asked[name] * len(kept) / args.len for name, some in prompts.items() for _, kept, *_ in some)
     seconds = (time.perf_counter() - begun) * passes * forward_flops(model, args.len) / forward_flops(model, len(probe))
@@ -552,14 +552,14 @@ def main(argv=None):
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)
     evaluate.bar.close()
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)
-    last = {candidate: problem.put(candidate, args.len) for candidate in (lowest, *ranking[:args.last])}
+    ropes["first"] = problem.put(next(iter(starts)), args.len)  # kept if nothing is better
+    last = {"first": ropes["first"]} | {it: problem.put(it, args.len) for it in (lowest, *ranking[:args.last])}
     if args.short:  # plain RoPE or the long set, out of the search's range, may be better
         least = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors
         last |= {name: rope for name, rope in ropes.items() if (rope.at(args.len).rescale_factors >= least).all()}
     best = min(evaluate.compare(last, "last", args.searched), key=lambda row: row["fitness"])["rope"]
 
     kept = best if best in ropes else "searched"
-    ropes["first"] = problem.put(next(iter(starts)), args.len)  # so what the search itself adds is seen
     ropes["searched"] = last[best]
     rows = evaluate.compare(ropes, "table", len(documents))
     say_table(args, rows, len(documents) - args.searched)

@@ -528,9 +528,10 @@ def test_a_search_from_good_factors_ends_no_worse(undisturbed, tiny, books, tmp_
     search.main(command(tiny, books, tmp_path, "--start-from", undisturbed.out / "rope.json", "--iterations", 0,
                         "--population-size", 3))
     assert [row["origin"] for row in rows_of(tmp_path)] == ["start", "yarn-su", "ntk", "pi", "none"]
-    *_, given, searched = written(tmp_path)[1]["comparison"]
-    assert given["rope"] == "first"  # what the others are measured against
-    assert searched["search"] <= given["search"] == pytest.approx(undisturbed.result[0][1]["perplexity"])
+    record = written(tmp_path)[1]
+    *_, given, searched = record["comparison"]
+    assert given["rope"] == "first" == record["kept"]  # the others are worse
+    assert searched["search"] == given["search"] == pytest.approx(undisturbed.result[0][1]["perplexity"])
 
 
 def test_starts_that_differ_below_the_bound_alone_are_two_searches(tiny, books, tmp_path, capsys):

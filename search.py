@@ -231,6 +231,7 @@ def measure(model, rope, item):
 # =====================================================================================================================
 # Here the lesson ends. What follows is plumbing: bounds and first candidates, the journal, tables, plots, arguments.
 
+CHOICE = ("none", "pi", "ntk", "yarn")  # by which the fitness is chosen where none is given
 UNFINISHED = "export.part"  # in --export until it is whole, so that the same command may go on there
 
 
@@ -418,7 +419,8 @@ def say_cost(args, model, documents, prompts, candidates, ropes):
     warm_up(model, len(probe))
     begun = time.perf_counter()
     window_nll(model, probe)
-    asked = {"search": candidates + 4 * (not args.fitness), "last": args.last + 2, "table": ropes + 2}
+    # with the last candidates the lowest and the first are asked, in the table the first and the one found
+    asked = {"search": candidates + len(CHOICE) * (not args.fitness), "last": args.last + 2, "table": ropes + 2}
     passes = candidates * args.samples + asked["last"] * args.searched + asked["table"] * len(documents) + sum(
         asked[name] * len(kept) / args.len for name, some in prompts.items() for _, kept, *_ in some)
     seconds = (time.perf_counter() - begun) * passes * forward_flops(model, args.len) / forward_flops(model, len(probe))
@@ -542,7 +544,7 @@ def main(argv=None):
     evaluate = Evaluator(args, model, problem, documents, prompts, journal, record)
     say_cost(args, model, documents, prompts, max(0, args.max_evals - evaluate.there), len(ropes))
     if not args.fitness:
-        asked = {name: ropes[name] for name in ("none", "pi", "ntk", "yarn")}  # with which this choice was measured
+        asked = {name: ropes[name] for name in CHOICE}
         none, *others = (row["fitness"] for row in evaluate.compare(asked, "search", args.searched))
         args.fitness = "ppl" if none < min(others) else "keys"
         if args.fitness == "ppl":  # as with a theta of a million, where slow pairs do no harm

@@ -107,6 +107,15 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
     assert qwen == {name: qwen_cells(plots, rope, 2) for name, rope in (
         ("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("`yarn:4`, as the 7B's card says", "yarn:4"),
         ("searched for 262144", "262144.rope.json"))}
+    bundled = ROOT / "results/bundled"
+    ropes = "yarn:9.52", "yarn-su:9.52", "out/seed0/rope.json"
+    elsewhere = [plots.values(bundled / "default-unseen.jsonl", rope)[8192][0] for rope in ropes]
+    keys = json.loads((bundled / "longer.json").read_text())["default"]["of 50 at b1e1939"].values()
+    one_book = [plots.values(ROOT / "results/smollm2/ppl-formula-32k.jsonl", rope)[32768][0]
+                for rope in (*ropes[:2], "slow-least-64k.rope.json")]
+    assert ("in other books `yarn:9.52` has {:.1f}, `yarn-su:9.52` {:.1f}, searched {:.1f}; of 50 whole prompts they "
+            "answer {}, {} and {} (other seeds {}, {}). In one book's first 32768 tokens SmolLM2 has {:.1f}, {:.1f} "
+            "and [{:.1f}]").format(*elsewhere, *keys, *one_book) in text
     printed = dict(re.findall(r"^(none|pi|ntk|yarn|yarn-su|first|searched) +(.+)$", text, re.MULTILINE))
     for row in json.loads((ROOT / "results/bundled/default.rope.json").read_text())["search"]["comparison"]:
         expected = [f"{row[key]:.3f}" for key in ("attention_factor", "search", "unseen")] + [str(row["keys"])]

@@ -99,7 +99,7 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
     assert f"perplexity {second:.1f} and {first:.1f} with two seeds" in text
     sources = {label: [plots.of_smollm2(what, name, rope) for what in ("ppl", "passkey")]
                for label, name, rope, *_ in plots.SMOLLM2}
-    assert {*smollm2} == {*plots.HEADLINE}
+    assert {*smollm2} == {*plots.FEW}
     for name, cells in smollm2.items():
         for length, cell in cells.items():
             (ppl,), hits = (source[length] for source in sources[name])
@@ -165,7 +165,7 @@ def test_the_numbers_of_ruler_are_those_in_its_file():
 
 def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):
     here = ROOT / "results/two-million"
-    trained, *_ = tables(here / "README.md", r"\| rope \|")
+    _, trained, *_ = tables(here / "README.md", r"\| rope \|")
     assert trained == {name: qwen_cells(plots, rope, 3, "-0.5b", 10, "two-million") for name, rope in (
         ("trained with", "model"), ("YaRN for the length", "yarn"), ("plain RoPE", "none"))}
     log = [json.loads(line) for line in (here / "log-0.5b.jsonl").read_text().splitlines()]
@@ -218,14 +218,14 @@ def test_the_numbers_of_the_second_stage_are_those_in_its_file():
             f"{further['ntk']:.2f}) finds 7 of 10") in page
 
 
-def test_the_numbers_of_the_15b_at_two_million_are_those_in_its_file():
+def test_the_numbers_of_the_15b_at_two_million_are_those_in_its_files(plots):
     page, here = PAGES[ROOT / "results/two-million/README.md"], ROOT / "results/two-million"
     found = json.loads((here / "second-stage.json").read_text())["untrained_1.5b"]
     sets = {row["set"]: row for row in found["sets_at_2097152"]}
     names = {"nothing, attention factor 1": "given-none", "PI": "pi", "NTK": "ntk", "YaRN": "yarn",
              "YaRN, su": "yarn-su", "YaRN for 64 times, put in order on the base": "given-yarn",
              "searched": "mutation-2-6", "the 0.5B's at 1e-5, carried over": "given-carried"}
-    _, _, *shown = cells_of(page[:page.index("## How a candidate")])
+    _, _, *shown = cells_of(page[:page.index("### The same text")])
     for name, *cells in shown:
         row = sets[names.get(name) or f"ramp-{int(name.split()[2]) / 8:g}-8-1000-{float(cells[0]):g}"]
         assert cells == [f"{row['attention_factor']:.2f}",
@@ -240,10 +240,28 @@ def test_the_numbers_of_the_15b_at_two_million_are_those_in_its_file():
     base = json.loads((ROOT / found["base"]).read_text())
     assert factors["factor"] == 64 and np.divide(factors["long_factor"], base["long_factor"]).max() == pytest.approx(8)
     assert factors["attention_factor"] == 1.25
-    keys = found["keys_at_2097152"]
+    lines = (here / "passkey-1.5b.jsonl").read_text().splitlines()
+    keys = [key for key in map(json.loads, lines) if key.get("length") == 2097152]
     hits, seconds = sum(key["hit"] for key in keys), [key["seconds"] for key in keys]
     assert f"finds the key in {hits} of {len(keys)}, the first nine of ten depths, 0 to {keys[-1]['depth']:.2f}" in page
     assert f"takes {min(seconds):.0f} to {max(seconds):.0f} s on four H100, one sequence on all, 71.6 GiB" in page
+    whole, *_ = tables(here / "README.md", r"\| rope \|")
+    ropes = {"plain RoPE": "none", "searched for 262144": "262144.rope.json", "NTK on top": "ntk.json",
+             "the bold set": "1.5b.rope.json"}
+    assert whole == {name: qwen_cells(plots, rope, 3, "-1.5b", 30, "two-million") for name, rope in ropes.items()}
+    rows = {(row["rope"].rpartition("/")[2], row["length"]): row for row in map(json.loads, (
+        here / "ppl-1.5b.jsonl").read_text().splitlines()) if "ppl" in row}
+    best, ntk, base, plain = (rows[name, n] for name, n in (
+        ("1.5b.rope.json", 2097152), ("ntk.json", 2097152), ("262144.rope.json", 262144), ("none", 262144)))
+    assert "{:.1%} below NTK over the whole window".format(1 - best["ppl"] / ntk["ppl"]) in page
+    assert "in the first sixteenth it has {:.2f} and NTK {:.2f}, in the last {:.2f} and {:.2f}.".format(
+        *(row["ppl_by_position"][at] for at in (0, -1) for row in (best, ntk))) in page
+    assert "{:.1%} above plain RoPE in windows of 65,536, {:.1%} below it in those of 262,144, there {:.1%} in".format(
+        rows["262144.rope.json", 65536]["ppl"] / rows["none", 65536]["ppl"] - 1, 1 - base["ppl"] / plain["ppl"],
+        1 - base["ppl_by_position"][-1] / plain["ppl_by_position"][-1]) in page
+    assert "nine keys of nine (depths 0 to {:.2f})".format(keys[-1]["depth"]) in PAGES[ROOT / "README.md"]
+    assert "perplexity is {:.1f}, with NTK on top {:.1f} ({:.1f} in windows of 262144)".format(
+        *(row["ppl"] for row in (best, ntk, base))) in PAGES[ROOT / "README.md"]
 
 
 @pytest.mark.parametrize("path", [path for path in sorted(ROOT.glob("tests/experiments/*.py"))
@@ -265,7 +283,7 @@ def test_the_numbers_of_smollm2_at_two_million_are_those_in_its_file():
     path = ROOT / "results/two-million/README.md"
     file = json.loads((path.parent / "second-stage.json").read_text())
     found, read = file["smollm2"], file["bundled_at_32768"]
-    within, beyond = [*tables(path, r"\| rope \|")][1:]
+    within, beyond = [*tables(path, r"\| rope \|")][2:]
     hits = Counter()
     for key in found["keys_of_ropes"]:
         hits[key["rope"], key["length"]] += key["hit"]

@@ -1,5 +1,5 @@
 """The idea of the method, its stages, one sequence over several processes; perplexity and pass keys over the length: of
-the progressive run, of SmolLM2 and of Qwen2.5-Coder.
+the progressive run, of SmolLM2 and of Qwen2.5-Coder; the README's first picture.
 
     $ python tests/experiments/plots.py   # assets/{headline,idea,context_parallel,...}.png
 """
@@ -36,8 +36,13 @@ SMOLLM2 = (
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned for 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
     ("control", "control", "none", "#000000", ":"))
-HEADLINE = ("as trained", "YaRN for each length", "YaRN for 65536, su", "searched for 65536", "fine-tuned for 131072",
-            "control")
+FEW = ("as trained", "YaRN for each length", "YaRN for 65536, su", "searched for 65536", "fine-tuned for 131072",
+       "control")
+TWO_MILLION = (
+    ("plain RoPE", "1.5b", "none", "#999999", "-"),
+    ("searched for 262144", "1.5b", "262144.rope.json", "#0072B2", "-"),
+    ("second stage on top", "1.5b", "1.5b.rope.json", "#D55E00", "-"),
+    ("NTK on top", "1.5b", "ntk.json", "#009E73", "-"))
 QWEN = (
     ("NTK for the length", "ntk", "#009E73"),
     ("YaRN for the length", "yarn", "#E69F00"),
@@ -233,7 +238,33 @@ def of_qwen(what, name, rope):
     return {n: [ppl / plain[n][0]] for n, (ppl,) in values(path, rope).items()}
 
 
+def of_two_million(what, name, rope):
+    """Perplexity is of the same text at every length; the keys of 262144 tokens are in another run's file."""
+    found = values(ROOT / f"results/two-million/{what}-{name}.jsonl", rope)
+    if what == "passkey" and rope == "262144.rope.json":
+        found[262144] = values(ROOT / "results/qwen2.5-coder/passkey.jsonl", rope)[262144]
+    return found
+
+
+def headline(path):
+    """Above SmolLM2, with and without training, below Qwen2.5-Coder-1.5B, untrained."""
+    fig = plt.figure(figsize=(11, 7.6), layout="constrained")
+    above, below = fig.subfigures(2, 1)
+    (left, right), axes = (part.subplots(1, 2) for part in (above, below))
+    draw([curve for curve in SMOLLM2 if curve[0] in FEW], of_smollm2, left, right,
+         {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
+    left.set_ylim(19, 47)
+    draw(TWO_MILLION, of_two_million, *axes, {4096 * 2**i: f"{4 * 2**i}k" for i in range(10)})
+    for part, window, title in ((above, 8192, "SmolLM2-135M"), (below, 32768, "Qwen2.5-Coder-1.5B, untrained")):
+        part.suptitle(f"{title} (window {window}, dotted)")
+        part.legend(*part.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        for ax in part.axes:
+            ax.axvline(window, color="gray", ls=":")
+    fig.savefig(path, dpi=110)
+
+
 def main(assets):
+    headline(assets / "headline.png")
     qwen(assets / "qwen_ppl.png")
     idea(assets / "idea.png")
     pipeline(assets / "pipeline.png")
@@ -251,13 +282,11 @@ def main(assets):
     left.set_ylabel("perplexity over plain RoPE's")
     left.legend(fontsize=9)
     fig.savefig(assets / "qwen_small.png", dpi=110)
-    few = [curve for curve in SMOLLM2 if curve[0] in HEADLINE]
-    for name, curves, size in (("smollm2_ppl.png", SMOLLM2, 8), ("headline.png", few, 10)):
-        fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-        draw(curves, of_smollm2, left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
-        left.set_ylim(19, 47)
-        fig.legend(*left.get_legend_handles_labels(), fontsize=size, loc="outside lower center", ncols=5)
-        fig.savefig(assets / name, dpi=110)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    draw(SMOLLM2, of_smollm2, left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
+    left.set_ylim(19, 47)
+    fig.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
+    fig.savefig(assets / "smollm2_ppl.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -28,20 +28,20 @@ PROGRESSIVE = (  # label, files, end of the rope's name, colour, line
 SMOLLM2 = (
     ("as trained", "128k", "none", "#999999", "-"),
     ("YaRN for each length", "64k", "yarn", "#E69F00", "-"),
-    ("YaRN for 65536, su", "64k", "yarn-su.json", "#009E73", "-"),
+    ("YaRN for 65536, su", "64k", "yarn-su.json", "#8C510A", "-"),
     ("searched for 65536", None, None, "#0072B2", "-"),
     ("... without the bound", "64k", "search-64k/rope.json", "#56B4E9", "-"),
     ("... that, then bounded", "64k", "bounded-64k/rope.json", "#56B4E9", "--"),
     ("searched for 131072", "128k", "search-128k/rope.json", "#CC79A7", "-"),
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned for 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
-    ("control", "control", "none", "#000000", ":"))
+    ("control", "control", "none", "#000000", "--"))
 FEW = ("as trained", "YaRN for each length", "YaRN for 65536, su", "searched for 65536", "fine-tuned for 131072",
        "control")
 TWO_MILLION = (
     ("plain RoPE", "1.5b", "none", "#999999", "-"),
     ("searched for 262144", "1.5b", "262144.rope.json", "#0072B2", "-"),
-    ("second stage on top", "1.5b", "1.5b.rope.json", "#D55E00", "-"),
+    ("one of 36 sets on top", "1.5b", "1.5b.rope.json", "#56B4E9", "-"),
     ("NTK on top", "1.5b", "ntk.json", "#009E73", "-"))
 QWEN = (
     ("NTK for the length", "ntk", "#009E73"),
@@ -254,9 +254,10 @@ def headline(path):
     draw([curve for curve in SMOLLM2 if curve[0] in FEW], of_smollm2, left, right,
          {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
     left.set_ylim(19, 47)
-    draw(TWO_MILLION, of_two_million, *axes, {4096 * 2**i: f"{4 * 2**i}k" for i in range(10)})
+    draw(TWO_MILLION, of_two_million, *axes, {4096 * 2**i: ("4k", "", "16k", "", "64k", "", "256k", "", "1M", "2M")[i]
+                                              for i in range(10)})
     for part, window, title in ((above, 8192, "SmolLM2-135M"), (below, 32768, "Qwen2.5-Coder-1.5B, untrained")):
-        part.suptitle(f"{title} (window {window}, dotted)")
+        part.suptitle(f"{title} (dotted: its window, {window})")
         part.legend(*part.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         for ax in part.axes:
             ax.axvline(window, color="gray", ls=":")

@@ -317,7 +317,7 @@ def parser():
     p = Parser(__doc__, conflict_handler="resolve")  # its own --dtype
     p.set_defaults(context_parallel=None)
     p.add_argument("--dtype", choices=["bfloat16", "float32"], help="of what is computed; weights and optimizer are "
-                   "float32 (default: bfloat16 on cuda, float32 on cpu)")
+                   "float32, the model in --out bfloat16 (default: bfloat16 on cuda, float32 on cpu)")
     p.add_argument("--rope", help=f"{NAMED}, config (config.json alone) or a rope.json (default: the model's "
                    "own, for the bundled one out/search-LEN/rope.json or assets/rope.json)")
     p.add_argument("--len", type=natural, help="tokens in a segment (default: 8 times the model's window)")
@@ -369,7 +369,7 @@ def complete(args, model, device):
                         "factors (search.py) or give --rope none")
     if args.mix and min(args.mix) <= model.window and rope.long != rope.trained and not rope.short:
         raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, but these "
-                        "factors have no short set, as search.py's have")
+                        "factors have no short set, as search.py's have, or it is the long one")
     if rope.at(args.len) != rope.long:
         warn(f"--len {args.len}: trained under the short set, which serves up to {rope.short_max_length} tokens; under "
              "the long one with \"short_max_length\": 0 in rope.json")

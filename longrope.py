@@ -660,7 +660,8 @@ def rope_to_dict(rope):
         "original_max_position_embeddings": window, "long_factor": list(rope.long.rescale_factors),
         "short_factor": list(short.rescale_factors), "attention_factor": rope.long.attention_factor,
         "long_n_hat": rope.long.n_hat, "short_n_hat": short.n_hat, "short_attention_factor": short.attention_factor,
-        "short_max_length": rope.short_max_length or window, "trained_factor": list(rope.trained.rescale_factors),
+        "short_max_length": rope.short_max_length if rope.short else window,
+        "trained_factor": list(rope.trained.rescale_factors),
     }
 
 

@@ -186,7 +186,7 @@ class Problem:
         if self.short:
             return replace(self.rope, short=found, short_max_length=max(length, window))
         return replace(self.rope, long=found, scale=length / window, short=self.rope.short or self.base,
-                       short_max_length=self.rope.short_max_length or window)
+                       short_max_length=self.rope.short_max_length if self.rope.short else window)
 
 
 def first_stage(rope, length):

@@ -190,7 +190,8 @@ def test_rope_json_gives_back_the_same_rope_to_the_last_bit(tmp_path):
     factors = tuple((np.random.default_rng(0).random(32) + 1).tolist())  # all digits of a float64
     trained, short = Factors(random_factors(4, 3)), Factors(random_factors(5, 2), 1, 1.1)
     for rope in (make_rope(factors, 8.0, 12), make_rope(factors, 7.3, 0, 1 / 3, 5e5, 4096), PLAIN,
-                 replace(make_rope(factors, 4.0), trained=trained, short=short, short_max_length=128)):
+                 *(replace(make_rope(factors, 4.0), trained=trained, short=short, short_max_length=n)
+                   for n in (128, 0))):
         write_json(tmp_path / "rope.json", rope_to_dict(rope) | {"search": {"seed": 7}})
         assert load_rope(tmp_path / "rope.json") == rope
     for name, formula in FORMULAS.items():  # one set for all lengths

@@ -425,6 +425,8 @@ def test_a_candidate_is_multiplied_onto_what_it_extends_and_the_other_set_stays(
     assert second == replace(rope, long=Factors(product, 64, 1.5), scale=8.0)
     one = replace(rope, short=None, short_max_length=0)  # whose long set serves all lengths, and goes on to
     assert second_stage(one, 512).put(found, 512) == replace(second, short=rope.long, short_max_length=WINDOW)
+    never = replace(rope, short_max_length=0)  # nor does this one's short set serve any
+    assert second_stage(never, 512).put(found, 512) == replace(second, short_max_length=0)
     product = tuple(a * b for a, b in zip(trained.rescale_factors, found.rescale_factors))
     assert first == replace(rope, long=Factors(product, 64, 1.5), scale=8.0, short=trained, short_max_length=WINDOW)
     assert short == replace(rope, short=Factors(product, 64, 1.5), short_max_length=128)

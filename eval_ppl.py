@@ -162,8 +162,9 @@ def main(argv=None):
         return measure(model, data[task["length"]][1], args.context_parallel)
     for name, length, (row,) in measured(journal, model, ropes, tasks, row_of, world_size()):
         rows.append(row)
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         say(f"{name:{wide}} {length:8} {row['scale']:6.4g} {row['documents']:9} {row['tokens']:9} {row['ppl']:10.3f} "
-            f"{row['seconds']:9.1f} {row['tokens_per_s']:9} {row['mfu'] or 0:6.1%} {row['peak_gib'] or '-':>8}")
+            f"{row['seconds']:9.1f} {row['tokens_per_s']:9} {mfu:>6} {row['peak_gib'] or '-':>8}")
     if rank() == 0:
         plot(rows, out)
     say(f"wrote {out}")

@@ -267,14 +267,14 @@ def first_candidates(args, problem, start=None, beyond=1.0):
     bound = bound_of(args)
     least = round(bound * s, 2)
     if args.slow_least and not (s > 1 and slow.any() and 1 < least <= largest):
-        raise UserError(f"--slow-least {args.slow_least:g} bounds nothing, or above {largest:g}, the largest factor: "
-                        f"{slow.sum()} pairs are slow, s is {s:.4g}")
+        raise UserError(f"--slow-least {args.slow_least:g} times {s:.4g}, s, bounds nothing, or is above {largest:g}, "
+                        f"the largest factor: {slow.sum()} pairs are slow")
     smallest = np.maximum.accumulate(np.where(slow, max(1.0, least), 1.0))
     n_hats = N_HAT if args.n_hat == "search" else (args.n_hat,)
 
     begins = su_factor(args.len / window if args.len > window else scale, window)
     sets = {"start": start.over(problem.base)} if start else {}
-    if start and not is_monotone(sets["start"].rescale_factors):
+    if start and not is_monotone(np.round(sets["start"].rescale_factors, 9)):
         say("--start-from: its factors are in no order; sorted")
     for name, factors in reversed(formulas(problem, args.len, max(beyond, bound)).items()):
         sets[name] = replace(factors, attention_factor=max(begins, factors.attention_factor))
@@ -291,12 +291,12 @@ def first_candidates(args, problem, start=None, beyond=1.0):
 
 def ropes_to_compare(args, problem):
     """{name: Rope}, the rows of the table at the end."""
-    rope = problem.rope
+    rope, ones = problem.rope, (1.0,) * len(problem.base.rescale_factors)
     if problem.short:  # transformers has one attention factor for both sets
-        attention = rope.long.attention_factor if args.export else 1.0
-        none = Factors((1.0,) * len(rope.long.rescale_factors), attention_factor=attention)
+        none = Factors(ones, attention_factor=rope.long.attention_factor if args.export else 1.0)
         return {"none": problem.put(none, args.len), "long": replace(rope, short=None, short_max_length=0)}
-    return {"none": rope} | {name: problem.put(it, args.len) for name, it in formulas(problem, args.len).items()}
+    sets = {"none": replace(rope.long, rescale_factors=ones)} | formulas(problem, args.len)
+    return {name: problem.put(it, args.len) for name, it in sets.items()}
 
 
 class Evaluator:
@@ -438,7 +438,7 @@ def parser():
         "window L, with --init 8 times what that serves, with --short L)")
     add("--samples", type=natural, default=1, metavar="N",
         help="documents a candidate is evaluated on, in turn those of the search: half of the 10 that are read, on a "
-        "CPU 4, or of 2 N if that is more; the others are to compare on (default: 1; the paper: all 5)")
+        "CPU 4, or of 2 N if that is more, or of all; the others are to compare on (default: 1; the paper: all 5)")
     for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
@@ -556,9 +556,11 @@ def main(argv=None):
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)
     ropes["first"] = problem.put(next(iter(starts)), args.len)  # kept if nothing is better
     last = {"first": ropes["first"]} | {it: problem.put(it, args.len) for it in (lowest, *ranking[:args.last])}
-    if args.short:  # plain RoPE or the long set, out of the search's range, may be better
-        least = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors
-        last |= {name: rope for name, rope in ropes.items() if (rope.at(args.len).rescale_factors >= least).all()}
+    least = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors
+    low, high = (0, math.inf) if args.short else space.attention
+    for name, rope in ropes.items():  # plain RoPE, the long set or a formula may be better than what was searched
+        if (rope.at(args.len).rescale_factors >= least).all() and low <= rope.at(args.len).attention_factor <= high:
+            last[name] = rope
     best = min(evaluate.compare(last, "last", args.searched), key=lambda row: row["fitness"])["rope"]
 
     kept = best if best in ropes else "searched"

@@ -524,6 +524,19 @@ def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_
         assert rope.short == best_of(init.parent / "out") and min(np.array(rope.short.rescale_factors)[SLOW]) >= 2.38
 
 
+@pytest.mark.parametrize("better, fitness, kept", [
+    ("none", "ppl", True), ("ntk", "ppl", True), ("none", "keys", False)])
+def test_plain_rope_or_a_formula_is_kept_where_it_is_better_and_within_the_bound(
+        tiny, books, tmp_path, monkeypatch, better, fitness, kept):
+    compare = search.Evaluator.compare
+    monkeypatch.setattr(search.Evaluator, "compare", lambda *given: [
+        row | {"fitness": 0.0} if row["rope"] == better else row for row in compare(*given)])
+    search.main(command(tiny, books, tmp_path, "--fitness", fitness, "--attention-factor", "search", "--max-evals", 3))
+    rope = load_rope(tmp_path / "rope.json")
+    assert (written(tmp_path)[1]["kept"] == better) is kept
+    assert (rope.at(LENGTH) == FORMULAS[better](PAIRS, 10000.0, WINDOW, 4.0)) is kept and rope.target_length == LENGTH
+
+
 def test_a_search_from_good_factors_ends_no_worse(undisturbed, tiny, books, tmp_path):
     search.main(command(tiny, books, tmp_path, "--start-from", undisturbed.out / "rope.json", "--iterations", 0,
                         "--population-size", 3))

@@ -263,6 +263,11 @@ def test_the_numbers_of_the_15b_at_two_million_are_those_in_its_files(plots):
     assert "{:.1%} above plain RoPE in windows of 65,536, {:.1%} below it in those of 262,144, there {:.1%} in".format(
         rows["262144.rope.json", 65536]["ppl"] / rows["none", 65536]["ppl"] - 1, 1 - base["ppl"] / plain["ppl"],
         1 - base["ppl_by_position"][-1] / plain["ppl_by_position"][-1]) in page
+    text = {name: row["text_nll"] for name, row in sets.items()}
+    ahead = [name for name, nll in text.items() if nll < text["ramp-1-8-1000-1.25"]]
+    made = {name for name in sets if name.startswith(("mutation", "crossover"))}
+    assert made < {*ahead} and sum(name.startswith("ramp") for name in ahead) == 6
+    assert f"Of these {len(ahead)} predict the text of pieces better" in page and len(ahead) == len(made) + 7
     assert "nine keys of nine (depths 0 to {:.2f})".format(keys[-1]["depth"]) in PAGES[ROOT / "README.md"]
     assert ("Its perplexity is {:.1f}, {:.1f} in the first 262144 (NTK on top: {:.1f}, {:.1f}; YaRN not measured); in "
             "windows of 262144 the searched set's is {:.1f}").format(

@@ -367,9 +367,9 @@ def complete(args, model, device):
     if args.len > rope.target_length:  # --rope none reaches any
         raise UserError(f"--len {args.len}: {args.rope or 'the model'} reaches {rope.target_length} tokens; search "
                         "factors (search.py) or give --rope none")
-    if args.mix and min(args.mix) <= model.window and rope.long != rope.trained and not rope.short:
-        raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, but these "
-                        "factors have no short set, as search.py's have, or it is the long one")
+    if args.mix and min(args.mix) <= model.window and rope.at(min(args.mix)) == rope.long != rope.trained:
+        raise UserError(f"--mix {min(args.mix)} is within the model's window of {model.window} tokens, where no short "
+                        "set of these factors serves, as search.py's do")
     if rope.at(args.len) != rope.long:
         warn(f"--len {args.len}: trained under the short set, which serves up to {rope.short_max_length} tokens; under "
              "the long one with \"short_max_length\": 0 in rope.json")

@@ -437,8 +437,8 @@ def parser():
     add("--len", type=partial(whole, least=2), help="target length, in tokens (default: 8 times the "
         "window L, with --init 8 times what that serves, with --short L)")
     add("--samples", type=natural, default=1, metavar="N",
-        help="documents a candidate is evaluated on, in turn those of the search: half of the 10 that are read, on a "
-        "CPU 4, or of 2 N if that is more, or of all; the others are to compare on (default: 1; the paper: all 5)")
+        help="documents a candidate is evaluated on, the next N in turn. Ten are read (on a CPU 4; 2 N if that is "
+        "more; all if fewer), about half of them to search on, the others to compare on (default: 1; the paper: all 5)")
     for key, least, what in (("population_size", 3, "first candidates, P"), ("num_mutations", 1, "mutants, N1"),
                              ("num_crossovers", 1, "children, N2"), ("num_parents", 2, "the best, which breed, k"),
                              ("iterations", 0, "generations after the first, T")):
@@ -556,14 +556,14 @@ def main(argv=None):
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)
     ropes["first"] = problem.put(next(iter(starts)), args.len)  # kept if nothing is better
     last = {"first": ropes["first"]} | {it: problem.put(it, args.len) for it in (lowest, *ranking[:args.last])}
-    least = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors
-    low, high = (0, math.inf) if args.short else space.attention
-    for name, rope in ropes.items():  # plain RoPE, the long set or a formula may be better than what was searched
-        if (rope.at(args.len).rescale_factors >= least).all() and low <= rope.at(args.len).attention_factor <= high:
-            last[name] = rope
+    least, (low, high) = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors, space.attention
+
+    def allowed(factors):  # plain RoPE, the long set or a formula may be better than what was searched
+        return (factors.rescale_factors >= least).all() and low <= factors.attention_factor <= high
+    last |= {name: it for name, it in ropes.items() if allowed(it.at(args.len))}
     best = min(evaluate.compare(last, "last", args.searched), key=lambda row: row["fitness"])["rope"]
 
-    kept = best if best in ropes else "searched"
+    kept = next((name for name, it in ropes.items() if it == last[best]), "searched")
     ropes["searched"] = last[best]
     rows = evaluate.compare(ropes, "table", len(documents))
     say_table(args, rows, len(documents) - args.searched)

@@ -270,6 +270,7 @@ def test_where_plain_rope_is_better_than_all_formulas_perplexity_is_searched_unl
     assert ("--fitness ppl" in capsys.readouterr().out) is ("--fitness" not in given)
     record = json.loads((tmp_path / "rope.json").read_text())["search"]
     assert (record["arguments"]["fitness"], record["bound"]) == (fitness, bound)
+    assert (record["kept"] == "none") == (not bound)  # though a candidate is the same
     assert {row["item"] for row in rows_of(tmp_path, "rope") if type(row["item"]) is str} == (
         {"table"} | ({"search", "last"} if fitness == "keys" else set() if "--fitness" in given else {"search"}))
 
@@ -515,7 +516,8 @@ def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_
     compare, kept = search.Evaluator.compare, least <= 1
     monkeypatch.setattr(search.Evaluator, "compare", lambda *given: [
         row | {"fitness": 0.0} if row["rope"] == better else row for row in compare(*given)])
-    rope, record, _ = searched_on(init, tiny, books, "--short", "--len", length, *["--slow-least", least] * (least > 0))
+    rope, record, _ = searched_on(init, tiny, books, "--short", "--len", length, "--attention-factor", "search",
+                                  *["--slow-least", least] * (least > 0))
     assert (record["kept"] == better) is kept and rope.long == FINETUNED.long
     assert (f"rope.json ({better})" in capsys.readouterr().out) is kept
     if kept:

@@ -291,12 +291,21 @@ def first_candidates(args, problem, start=None, beyond=1.0):
 
 def ropes_to_compare(args, problem):
     """{name: Rope}, the rows of the table at the end."""
-    rope, ones = problem.rope, (1.0,) * len(problem.base.rescale_factors)
+    rope = problem.rope
     if problem.short:  # transformers has one attention factor for both sets
-        none = Factors(ones, attention_factor=rope.long.attention_factor if args.export else 1.0)
+        attention = rope.long.attention_factor if args.export else 1.0
+        none = Factors((1.0,) * len(rope.long.rescale_factors), attention_factor=attention)
         return {"none": problem.put(none, args.len), "long": replace(rope, short=None, short_max_length=0)}
-    sets = {"none": replace(rope.long, rescale_factors=ones)} | formulas(problem, args.len)
+    sets = {"none": rope.long.over(problem.base)} | formulas(problem, args.len)
     return {name: problem.put(it, args.len) for name, it in sets.items()}
+
+
+def within(space, problem, ropes, length):
+    """Of {name: Rope} those that the search might have found: they may be better than what it did find."""
+    least, (low, high) = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors, space.attention
+    sets = {name: rope.at(length) for name, rope in ropes.items()}
+    return {name: ropes[name] for name, factors in sets.items()
+            if (factors.rescale_factors >= least).all() and low <= factors.attention_factor <= high}
 
 
 class Evaluator:
@@ -556,11 +565,7 @@ def main(argv=None):
     lowest = min(evaluate.fitness, key=evaluate.fitness.get)
     ropes["first"] = problem.put(next(iter(starts)), args.len)  # kept if nothing is better
     last = {"first": ropes["first"]} | {it: problem.put(it, args.len) for it in (lowest, *ranking[:args.last])}
-    least, (low, high) = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors, space.attention
-
-    def allowed(factors):  # plain RoPE, the long set or a formula may be better than what was searched
-        return (factors.rescale_factors >= least).all() and low <= factors.attention_factor <= high
-    last |= {name: it for name, it in ropes.items() if allowed(it.at(args.len))}
+    last |= within(space, problem, ropes, args.len)
     best = min(evaluate.compare(last, "last", args.searched), key=lambda row: row["fitness"])["rope"]
 
     kept = next((name for name, it in ropes.items() if it == last[best]), "searched")

@@ -509,13 +509,19 @@ def test_short_replaces_the_short_set_and_leaves_the_long_one(init, tiny, books,
         tiny, books, replace(FINETUNED, short=None), length)
 
 
+def prefer(monkeypatch, better):
+    """Let that rope have the lowest fitness where ropes are compared."""
+    compare = search.Evaluator.compare
+    monkeypatch.setattr(search.Evaluator, "compare", lambda *given: [
+        row | {"fitness": 0.0} if row["rope"] == better else row for row in compare(*given)])
+
+
 @pytest.mark.parametrize("better, length, least", [
     ("none", WINDOW, 0), ("long", WINDOW, 0), ("long", WINDOW + 8, 1), ("none", 128, 1.19), ("long", 128, 1.19)])
 def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_and_within_the_bound(
         init, tiny, books, monkeypatch, capsys, better, length, least):
-    compare, kept = search.Evaluator.compare, least <= 1
-    monkeypatch.setattr(search.Evaluator, "compare", lambda *given: [
-        row | {"fitness": 0.0} if row["rope"] == better else row for row in compare(*given)])
+    kept = least <= 1
+    prefer(monkeypatch, better)
     rope, record, _ = searched_on(init, tiny, books, "--short", "--len", length, "--attention-factor", "search",
                                   *["--slow-least", least] * (least > 0))
     assert (record["kept"] == better) is kept and rope.long == FINETUNED.long
@@ -530,9 +536,7 @@ def test_plain_rope_or_the_long_set_is_kept_as_the_short_one_where_it_is_better_
     ("none", "ppl", True), ("ntk", "ppl", True), ("none", "keys", False)])
 def test_plain_rope_or_a_formula_is_kept_where_it_is_better_and_within_the_bound(
         tiny, books, tmp_path, monkeypatch, better, fitness, kept):
-    compare = search.Evaluator.compare
-    monkeypatch.setattr(search.Evaluator, "compare", lambda *given: [
-        row | {"fitness": 0.0} if row["rope"] == better else row for row in compare(*given)])
+    prefer(monkeypatch, better)
     search.main(command(tiny, books, tmp_path, "--fitness", fitness, "--attention-factor", "search", "--max-evals", 3))
     rope = load_rope(tmp_path / "rope.json")
     assert (written(tmp_path)[1]["kept"] == better) is kept

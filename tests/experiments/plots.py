@@ -238,6 +238,11 @@ def of_qwen(what, name, rope):
     return {n: [ppl / plain[n][0]] for n, (ppl,) in values(path, rope).items()}
 
 
+def draw_smollm2(curves, left, right):
+    draw(curves, of_smollm2, left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
+    left.set_ylim(19, 47)
+
+
 def of_two_million(what, name, rope):
     """Perplexity is of the same text at every length; the keys of 262144 tokens are in another run's file."""
     found = values(ROOT / f"results/two-million/{what}-{name}.jsonl", rope)
@@ -251,9 +256,7 @@ def headline(path):
     fig = plt.figure(figsize=(11, 7.6), layout="constrained")
     above, below = fig.subfigures(2, 1)
     (left, right), axes = (part.subplots(1, 2) for part in (above, below))
-    draw([curve for curve in SMOLLM2 if curve[0] in FEW], of_smollm2, left, right,
-         {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
-    left.set_ylim(19, 47)
+    draw_smollm2([curve for curve in SMOLLM2 if curve[0] in FEW], left, right)
     draw(TWO_MILLION, of_two_million, *axes, {4096 * 2**i: ("4k", "", "16k", "", "64k", "", "256k", "", "1M", "2M")[i]
                                               for i in range(10)})
     for part, window, title in ((above, 8192, "SmolLM2-135M"), (below, 32768, "Qwen2.5-Coder-1.5B, untrained")):
@@ -284,8 +287,7 @@ def main(assets):
     left.legend(fontsize=9)
     fig.savefig(assets / "qwen_small.png", dpi=110)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    draw(SMOLLM2, of_smollm2, left, right, {2048 * 2**i: f"{2 * 2**i}k" for i in range(7)})
-    left.set_ylim(19, 47)
+    draw_smollm2(SMOLLM2, left, right)
     fig.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     fig.savefig(assets / "smollm2_ppl.png", dpi=110)
 

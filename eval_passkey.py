@@ -122,7 +122,7 @@ def sources(kept, length, period):
 
 def spreading(table, kept, source):
     """`attention` for what is read of a prompt, over all its T places: each has its source's value, and key, turned by
-    the angle between the two places. So the key competes with as much filler as in the whole prompt."""
+    the angle between the two places. So the pass key competes with as much filler as in the whole prompt."""
     table = torch.complex(*table)  # attention factor * e^(i angle), (T, D/2)
     turn = table / table[kept[source]]
     ends = [*((kept.diff() > 1).nonzero().flatten() + 1).tolist(), len(kept)]  # of the pieces

@@ -1,7 +1,7 @@
 """Perplexity of a model under several ropes at several lengths, on the same documents.
 
     $ python eval_ppl.py --rope none pi ntk yarn out/search-8192/rope.json --len 1024 2048 4096 8192
-    $ torchrun --nproc-per-node 8 eval_ppl.py --model DIR --data books/ --len 32768 --stride 256
+    $ torchrun --nproc-per-node 8 eval_ppl.py --model DIR --data books/test --len 32768 --stride 256
 
 In --out: ppl.jsonl, a row for each rope and length (the same command goes on where it was stopped, also with more of
 them); ppl.png, perplexity over length; ppl_position.png, over the position in the window.

@@ -60,14 +60,14 @@ class Factors:
     n_hat: int = 0                 # the first n_hat tokens stay as they were trained, lambda = 1 as a rule
     attention_factor: float = 1.0
 
-    def on(self, base):  # on top of `base` the lambdas multiply, all else is as here
+    def on(self, base):  # base's lambdas times these, all else as here
         return replace(self, rescale_factors=tuple(np.multiply(base.rescale_factors, self.rescale_factors).tolist()))
 
-    def over(self, base):  # what gives this on top of `base`
+    def over(self, base):  # the inverse: what gives this `on` base
         return replace(self, rescale_factors=tuple(np.divide(self.rescale_factors, base.rescale_factors).tolist()))
 
 
-# The formulas that came before share their arguments: D/2, theta, the window L0, and s = L'/L0, L' the target.
+# The formulas that came before share their arguments: D/2, theta, the window L, and s = L'/L, L' the target.
 def plain(pairs, rope_theta=None, window=None, scale=None):
     """RoPE as it is (arXiv 2104.09864)."""
     return Factors((1.0,) * pairs)
@@ -86,7 +86,7 @@ def ntk(pairs, rope_theta, window, scale):
 
 def yarn(pairs, rope_theta, window, scale, beta_fast=32, beta_slow=1, truncate=True):
     """YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times within the window stay as they are, those
-    that turn less than beta_slow times are interpolated, between lies a linear ramp, as a rule of whole pairs."""
+    that turn less than beta_slow times are interpolated; between, 1/lambda falls linearly (truncate: whole pairs)."""
     def pair_turning(times):  # the (fractional) pair that makes `times` full turns within the window
         return 2 * pairs * math.log(window / (times * 2 * math.pi)) / (2 * math.log(rope_theta))
     low, high = pair_turning(beta_fast), pair_turning(beta_slow)
@@ -106,7 +106,7 @@ FORMULAS = {"none": plain, "pi": pi, "ntk": ntk, "yarn": yarn, "yarn-su": yarn_s
 
 
 def su_factor(scale, window):
-    """sqrt(1 + ln s / ln L0), the attention factor of all released LongRoPE code and of Hugging Face's `longrope`."""
+    """sqrt(1 + ln s / ln L), the attention factor of all released LongRoPE code and of Hugging Face's `longrope`."""
     return math.sqrt(1 + math.log(scale) / math.log(window)) if scale > 1 else 1.0
 
 
@@ -123,13 +123,13 @@ def inv_freq_of(rescale_factors, rope_theta):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding with two sets of factors: the long one for windows of up to s L0 tokens, the short one
-    for sequences of at most `short_max_length` in total, which the long one costs a little (paper, section 3.3)."""
+    """Rotary position embedding with two sets of factors: the long one for windows of up to s L tokens, the short one
+    for sequences of at most `short_max_length` in total, which the long one would hurt (paper, section 3.3)."""
     rope_theta: float                        # theta, the base
-    original_max_position_embeddings: int    # L0, the window the model was trained on
+    original_max_position_embeddings: int    # L, the window the model was trained on
     trained: Factors                         # plain RoPE or Llama-3.1's; first stages and short sets multiply onto it
     long: Factors
-    scale: float = 1.0                       # s = L'/L0
+    scale: float = 1.0                       # s = L'/L
     short: Factors | None = None             # None: the long set serves all lengths
     short_max_length: int = 0
 
@@ -141,12 +141,12 @@ class Rope:
         return round(self.scale * self.original_max_position_embeddings)  # L', in tokens
 
     def at(self, length):
-        """The set for a sequence of `length` tokens in the end: it may not change, as cached keys have been turned."""
+        """The set for a sequence of `length` tokens in all: one from start to end, as cached keys have been turned."""
         return self.short if self.short and length <= self.short_max_length else self.long
 
     def table(self, length, device="cpu", total_length=None):
         """cos and sin, (T, D/2) float32 each, for positions 0 .. length-1 of a sequence of `total_length` in the end,
-        by default `length`. Of float32 angles the cosine is off by 0.0076 at 131072 positions and by 0.12 at 2M."""
+        by default `length`. From float32 angles cosines would be off by 0.0076 at 131072 positions, by 0.12 at 2M."""
         factors = self.at(total_length or length)
         rescaled = torch.from_numpy(inv_freq_of(factors.rescale_factors, self.rope_theta)).to(device)  # (D/2,)
         trained = torch.from_numpy(inv_freq_of(self.trained.rescale_factors, self.rope_theta)).to(device)
@@ -177,11 +177,11 @@ def attention(q, k, v):
     if queries > 1 and can_use_flash_attn_4(q):
         return flash_attn_4(q, k, v)[0]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # heads before tokens, as PyTorch wants them
-    if q.is_cuda and q.dtype == torch.float32:  # where fewer key heads would cost T x T numbers
+    if q.is_cuda and q.dtype == torch.float32:  # where grouped heads would store T x T scores
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     mask = None
     if 1 < queries < keys:  # is_causal would take them for the first ones
-        with _disable_current_modes():  # of which selective checkpointing is one: it cannot hold this kind of tensor
+        with _disable_current_modes():  # selective checkpointing is one, and cannot hold this kind of tensor
             mask = causal_lower_right(queries, keys)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=1 < queries == keys,
                                          enable_gqa=q.shape[1] != k.shape[1])
@@ -223,7 +223,7 @@ class Context:
         else:
             kv, mine = kv.new_empty(2 * self.size, *kv.shape[1:]), kv
             dist.all_gather_into_tensor(kv, mine, self.group)
-        if kv.requires_grad:  # the gradient arrives permuted; the collective would send its memory as it lies
+        if kv.requires_grad:  # the gradient arrives permuted, and the collective sends memory as it lies
             kv.register_hook(torch.Tensor.contiguous)
         front, back = kv.unflatten(0, (self.size, 2)).chunk(2, dim=3)  # chunks 0 .. N-1, 2N-1 .. N, (N, 2, B, n, K, D)
         k, v = torch.cat((front, back.flip(0))).movedim(0, 2).flatten(2, 3)  # (2, B, T, K, D)
@@ -252,7 +252,7 @@ class LlamaConfig:
     rope: Rope                    # what config.json says of it
     biased: tuple                 # the projections with a bias
     qk_norm: bool                 # an RMSNorm on each head's queries and keys, as in Qwen3
-    fused: dict                   # projection: the name of the matrix that holds it, and others, in the checkpoint
+    fused: dict                   # projection: the checkpoint's matrix that holds it and others
     hf: dict                      # config.json as it was read, so that saving keeps what we do not use
 
 
@@ -289,7 +289,7 @@ class MLP(nn.Module):
         return F.silu(self.gate_proj(x)) * self.up_proj(x)  # SwiGLU
 
 
-IN_MLP = 2**29   # numbers in an MLP at a time: 1 GiB in bfloat16. From 2^31 numbers on kernels become slow
+IN_MLP = 2**29   # numbers in an MLP at a time: 1 GiB in bfloat16, well below the 2^31 from which kernels are slow
 AT_ONCE = 2**31  # attention kernels cannot count so many numbers in their queries or keys
 
 
@@ -307,8 +307,8 @@ class Block(nn.Module):
         return self.self_attn.qkv(self.input_layernorm(x), cos, sin, heads)
 
     def after(self, x, out):
-        """What lies behind it: x with attention's part, and the MLP up to its last matrix product. The result of that
-        product no backward pass needs: it is left to `forward`, and activation checkpointing stops before it."""
+        """What lies behind it: x with attention's part, and the MLP up to its last matrix product. No
+        backward pass needs that product: it is left to `forward`, and activation checkpointing stops before it."""
         x = x + self.self_attn.o_proj(out.flatten(2))
         return x, self.mlp.hidden(self.post_attention_layernorm(x))
 
@@ -362,7 +362,7 @@ class Llama(nn.Module):
 
     @property
     def window(self):
-        return self.config.rope.original_max_position_embeddings  # L0, in tokens, whatever the rope now is
+        return self.config.rope.original_max_position_embeddings  # L, in tokens, whatever the rope now is
 
     def hidden(self, tokens, table=None, attends=None, keys=0):
         """(B, T) int64 -> (B, T, C), the states whose product with `unembedding` are the logits; with a context those
@@ -416,7 +416,7 @@ def generate(model, tokens, count, total_length=None, stop=()):
 
 
 def token_nll(hidden, unembedding, targets, chunk=4096):
-    """-log p of each target. hidden (N, C), targets (N,) -> (N,) float32. Logits exist for `chunk` tokens at a time,
+    """-log p of each target. hidden (n, C), targets (n,) -> (n,) float32. Logits exist for `chunk` tokens at a time,
     and are computed again in the backward pass."""
     def of_chunk(h, t):
         return F.cross_entropy(F.linear(h, unembedding).float(), t, reduction="none")

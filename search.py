@@ -1,13 +1,13 @@
 """Search the rescale factors of LongRoPE: Algorithm 1 of the paper (arXiv 2402.13753), an evolution over perplexity.
 
     $ python search.py                                        # the bundled model, 8 times its window
-    $ torchrun --nproc-per-node 8 search.py --model DIR --data books/ --len 262144      # or without torchrun
+    $ torchrun --nproc-per-node 8 search.py --model DIR --data books/search --len 262144      # or without torchrun
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --len 2097152       # second stage, no more training
     $ python search.py --model FINETUNED --init FINETUNED/rope.json --short --len 8192  # short-window recovery
 
 The paper's search, but for plain RoPE among the first candidates, is --fitness ppl --screening 1 --n-hat search
 --attention-factor su --samples 5 --population-size 64 --num-mutations 16 --num-crossovers 16 --num-parents 32
---iterations 40; here fewer candidates find one set that also retrieves. In --out: rope.json, the best factors so far at
+--iterations 40; here fewer candidates find a set that keeps more keys. In --out: rope.json, the best factors so far at
 any time; history.jsonl, a line for each measurement and each candidate, from which the same command goes on where it
 was stopped; search.png.
 """
@@ -36,7 +36,7 @@ from longrope import (COLORS, FORMULAS, Factors, Journal, Parser, Rope, UserErro
 BASELINES = ("pi", "ntk", "yarn", "yarn-su")
 SIZES = {"population_size": 8, "num_mutations": 5, "num_crossovers": 3, "num_parents": 8, "iterations": 36}
 ON_CPU = SIZES | {"population_size": 5, "iterations": 2}
-SLOW_LEAST = 1.19  # of lambda_i / s in slow pairs; with less, angles that the model never saw cost it pass keys
+SLOW_LEAST = 1.19  # of lambda_i / s in slow pairs; from 1 on no angle is unseen, at this more keys were found
 N_HAT = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)  # table 4 of the paper
 MUTATION_PROB = 0.3  # p, of a gene
 DOUBT, DOUBT_FROM = 2, 50  # standard deviations in favour of what is unexplored, from so many candidates on
@@ -44,7 +44,7 @@ DOUBT, DOUBT_FROM = 2, 50  # standard deviations in favour of what is unexplored
 
 @dataclass(frozen=True)
 class Space:
-    smallest: tuple   # lambda_i, (D/2,), non-decreasing: 1, or with --slow-least more for the slow pairs
+    smallest: tuple   # lambda_i, (D/2,), non-decreasing: 1, for slow pairs the bound (--slow-least)
     largest: float    # of lambda: 1.25 s
     n_hats: tuple     # N_HAT, or the one that is fixed
     attention: tuple  # lowest and highest attention factor; equal if it is fixed
@@ -107,11 +107,11 @@ def unseen(make, count, seen):
 def search(args, rng, starts, space, evaluate):
     """The candidates, the best first, after `args.iterations` generations, or `args.max_evals` evaluations.
 
-    starts: {candidate: name}, plain RoPE, PI, NTK, YaRN and what else the search begins with. evaluate({candidate:
+    starts: {candidate: name}, what the search begins with, as a rule the formulas and plain RoPE. evaluate({candidate:
     origin}, iteration) -> {candidate: its fitness}, which is to be small.
     """
-    first, fitness = list(starts), {}  # of every candidate ever evaluated
-    mutants = unseen(lambda: mutate(rng, first[rng.integers(len(first))], space), args.population_size - len(first),
+    fitness, given = {}, list(starts)  # fitness: of every candidate ever evaluated
+    mutants = unseen(lambda: mutate(rng, given[rng.integers(len(given))], space), args.population_size - len(given),
                      starts)
     population = starts | dict.fromkeys(mutants, "mutation")
     for iteration in itertools.count():
@@ -120,7 +120,7 @@ def search(args, rng, starts, space, evaluate):
         ranking = promising(fitness, args.turns) if args.screening > 1 else sorted(fitness, key=fitness.get)
         if iteration == args.iterations or len(fitness) == args.max_evals:
             return ranking
-        parents = ranking[:args.num_parents]  # the top k stay
+        parents = ranking[:args.num_parents]  # the top k stay, with screening by the process's mean
         mutants = unseen(lambda: mutate(rng, parents[rng.integers(len(parents))], space),
                          args.screening * args.num_mutations, fitness)
         children = unseen(lambda: crossover(rng, *(parents[i] for i in rng.choice(len(parents), 2, replace=False))),
@@ -137,11 +137,11 @@ def promising(fitness, turns, candidates=None, doubt=0):
     standard deviations, so that unexplored ones get a chance.
 
     x = (log lambda, n_hat, attention factor), y = the normal distribution's quantile for a candidate's rank; the
-    kernel is exp(-|x - x'|^2 / 2 l^2), and 0.1 more for two of one group: the i-th candidate was measured on group
-    i % turns of the documents, and a group's luck is not a candidate's worth. On the diagonal is noise; l and noise
-    are those of the highest likelihood. No randomness and one thread: all processes choose the same.
+    kernel is exp(-|x - x'|^2 / 2 l^2), and 0.1 more for two of one group: candidate i, but for the first, was measured
+    on group i % turns of the documents, and a group's luck is not a candidate's worth. On the diagonal is noise; l and
+    noise are those of the highest likelihood. No randomness and one thread: all processes choose the same.
     """
-    def features(some):  # (N, D/2 + 2), so scaled that a step in each matters alike
+    def features(some):  # (n, D/2 + 2), so scaled that a step in each matters alike
         return torch.tensor([(*map(math.log, c.rescale_factors), math.log2(1 + c.n_hat) / 10, 10 * c.attention_factor)
                              for c in some], dtype=torch.float64)
 
@@ -208,11 +208,11 @@ def recovery(rope, length):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fitness. Perplexity alone is blind to slow pairs at angles that were never trained: it loses next to nothing there,
-# retrieval everything. (LongRoPE2, arXiv 2502.20082, asks the key alone, and keeps slow pairs at s or more.)
+# Fitness. Perplexity alone is blind to slow pairs at angles that were never trained: it loses little there,
+# retrieval often everything. (LongRoPE2, arXiv 2502.20082, asks the key alone, and keeps slow pairs at s or more.)
 
 KEY_WEIGHT = 0.03
-KEYS = 10  # in the table at the end
+KEYS = 10  # when the last are measured again, and in the table; a candidate is asked 5
 
 
 def with_key(nll, answer):
@@ -498,12 +498,13 @@ def problem_of(args, rope):
     if args.short and (not args.init or args.len >= rope.target_length):
         raise UserError("--short: give an extended model's rope.json with --init, and a --len below its long set's")
     if not args.short and args.len <= problem.window:
-        raise UserError(f"--len {args.len}: nothing to extend, the window is {problem.window} already")
+        raise UserError(f"--len {args.len}: nothing to extend, {problem.window} tokens are served already; if config "
+                        "says more than was trained, lower its max_position_embeddings in a copy")
     if args.export and (args.n_hat or rope.long.n_hat or rope.short and rope.short.n_hat):
         raise UserError("--export: config.json cannot say n_hat above 0")
     if args.export and (args.export.resolve() == args.out.resolve() or args.export.is_file() or
                         list(args.export.glob("*")) and not (args.export / UNFINISHED).exists()):
-        raise UserError(f"--export {args.export}: give a new directory, not --out")
+        raise UserError(f"--export {args.export}: it is --out or has files; give a new directory")
     return problem
 
 
@@ -557,7 +558,7 @@ def main(argv=None):
         none, *others = (row["fitness"] for row in evaluate.compare(asked, "search", args.searched))
         args.fitness = "ppl" if none < min(others) else "keys"
         if args.fitness == "ppl":  # as with a theta of a million, where slow pairs do no harm
-            say("plain RoPE is better than PI, NTK and YaRN: --fitness ppl")
+            say("plain RoPE is better than PI, NTK and YaRN: --fitness ppl, blind to keys; --fitness keys sees them")
             space, starts = first_candidates(args, problem, start, problem.scale ** -0.5)  # for the square root of s
             evaluate.items = {label: item for label, item in evaluate.items.items() if label not in ("search", "last")}
     ranking = search(args, np.random.default_rng(args.seed), starts, space, evaluate)

@@ -2,7 +2,7 @@
 
     $ python tests/experiments/variants.py --model DIR --rope out/search-65536/rope.json --out out/variants
 
-Writes {pi,ntk,yarn}-su.json, for the length that the search was for and with sqrt(1 + ln s / ln L0) in place of the
+Writes {pi,ntk,yarn}-su.json, for the length that the search was for and with sqrt(1 + ln s / ln L) in place of the
 methods' own attention factor, and long.json, the long set at every length. With --least NUMBER bounded.json alone: no
 factor below NUMBER where a pair makes no full turn within the window (LongRoPE2, arXiv 2502.20082, wants at least s).
 With --second LEN {pi,ntk,yarn,yarn-su}.json alone: the formulas on top of a fine-tuned model's factors, as in the table

@@ -33,13 +33,13 @@ def plots(monkeypatch):  # which reads the files of results/
 
 def cells_of(page):
     """The rows of a page's tables."""
-    return [[cell.replace("*", "").strip() for cell in line.strip("|").split("|")]
+    return [[cell.replace("*", "").strip() for cell in line[1:-1].split("|")]
             for line in page.splitlines() if line.startswith("|")]
 
 
 def tables(page, head):
     """{name: {length: cell}} of each table of a page whose first row begins so; empty cells are left out."""
-    for table in re.findall(rf"^{head} \d+ .*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE):
+    for table in re.findall(rf"^{head} *\d+ *\|.*\n(?:\|.*\n)+", PAGES[page], re.MULTILINE):
         (_, *lengths), _, *rows = cells_of(table)
         yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
 
@@ -74,7 +74,7 @@ def test_links_lead_to_a_file_or_a_heading(page):
 
 
 def test_the_table_of_files_has_their_lines():
-    rows = re.findall(r"^\| \[(\w+\.py)\].*\| (\d+/\d+) \|$", PAGES[ROOT / "README.md"], re.MULTILINE)
+    rows = re.findall(r"^\|\[(\w+\.py)\].*\|(\d+/\d+)\|$", PAGES[ROOT / "README.md"], re.MULTILINE)
     files = {f"{name}.py": (ROOT / f"{name}.py").read_text() for name in ("longrope", *SCRIPTS)}
     ends = {name: text[:text.index("# Here the lesson ends")].count("\n") for name, text in files.items()}
     assert rows == [(name, f"{ends[name]}/{len(text.splitlines())}") for name, text in files.items()]
@@ -93,10 +93,10 @@ def test_the_readme_is_short_in_words_paragraphs_and_tables():
 
 def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
     text = PAGES[ROOT / "README.md"]
-    smollm2, qwen = tables(ROOT / "README.md", r"\| \|")
+    smollm2, qwen = tables(ROOT / "README.md", r"\|\|")
     searched = json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
     first, second = (row["perplexity"]["65536"] for row in searched if row["key_weight"] == 0.03)
-    assert f"perplexity {second:.1f} and {first:.1f} with two seeds" in text
+    assert f"perplexity {second:.1f} and {first:.1f} with two seeds (an earlier commit)" in text
     sources = {label: [plots.of_smollm2(what, name, rope) for what in ("ppl", "passkey")]
                for label, name, rope, *_ in plots.SMOLLM2}
     assert {*smollm2} == {*plots.FEW}
@@ -109,17 +109,22 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
         ("searched for 262144", "262144.rope.json"))}
     bundled = ROOT / "results/bundled"
     ropes = "yarn:9.52", "yarn-su:9.52", "out/seed0/rope.json"
-    elsewhere = [plots.values(bundled / "default-unseen.jsonl", rope)[8192][0] for rope in ropes]
+    elsewhere = [plots.values(bundled / "default-unseen.jsonl", rope)[8192][0] for rope in ("yarn", *ropes)]
     keys = json.loads((bundled / "longer.json").read_text())["default"]["of 50 at b1e1939"].values()
     one_book = [plots.values(ROOT / "results/smollm2/ppl-formula-32k.jsonl", rope)[32768][0]
                 for rope in (*ropes[:2], "slow-least-64k.rope.json")]
-    assert ("in other books `yarn:9.52` has {:.1f}, `yarn-su:9.52` {:.1f}, searched {:.1f}; of 50 whole prompts they "
-            "answer {}, {} and {} (other seeds {}, {}). In one book's first 32768 tokens SmolLM2 has {:.1f}, {:.1f} "
-            "and [{:.1f}]").format(*elsewhere, *keys, *one_book) in text
+    assert ("in other books `yarn` has {:.1f}, `yarn:9.52` {:.1f}, `yarn-su:9.52` {:.1f}, searched {:.1f}; of 50 whole "
+            "prompts the last three answer {}, {} and {} (other seeds {}, {}). SmolLM2 under them has, in one book's "
+            "first 32768 tokens, {:.1f}, {:.1f} and [{:.1f}]").format(*elsewhere, *keys, *one_book) in text
+    speed = {name: cells for name, *cells in cells_of(PAGES[ROOT / "results/search/README.md"]) if len(cells) == 3}
+    (_, theirs, _), (_, default, _) = speed["Algorithm 1"], speed["with the bound and the key, nearly the default"]
+    assert "with {} of its tokens; by default {:.1%} above".format(
+        speed["`--fitness ppl`"][0], float(default) / float(theirs) - 1) in text
     printed = dict(re.findall(r"^(none|pi|ntk|yarn|yarn-su|first|searched) +(.+)$", text, re.MULTILINE))
     for row in json.loads((ROOT / "results/bundled/default.rope.json").read_text())["search"]["comparison"]:
         expected = [f"{row[key]:.3f}" for key in ("attention_factor", "search", "unseen")] + [str(row["keys"])]
         assert printed[row["rope"]].split() == expected
+    assert f"searched {math.sqrt(row['search'] * row['unseen']):.1f} at 8192" in text  # as many tokens in each
 
 
 def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
@@ -149,6 +154,11 @@ def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
             tokens[name, row["length"]] += row["tokens"]
     shown = {(name, length): cell for name, cells in theirs.items() for length, cell in cells.items()}
     assert shown == {at: f"{math.exp(total / tokens[at]):.3f}" for at, total in nll.items()}
+    trained, exported, factor_1 = (float(shown[name, 262144]) for name in (
+        "as trained", "exported", "... with attention factor 1"))
+    less, more = 1 - exported / trained, factor_1 / trained - 1
+    assert (f"perplexity {less:.1%} below plain RoPE's, by the attention factor (without it {more:.1%} above)"
+            in PAGES[ROOT / "README.md"])
 
 
 def test_the_numbers_of_ruler_are_those_in_its_file():

@@ -99,11 +99,11 @@ def piece_size(length):
     return min(max(length // 64, 128), 512)
 
 
-def pieces(length, middle, count=PIECES):
+def pieces(length, middle, count=PIECES, period=0):
     """The places (n,) of a prompt's tokens (T,) that are read, `count` pieces, some adjoining: one around the key line,
     whose middle is given, half of the others evenly from the start to the question, half ever closer to the start,
-    where a token has little filler before it."""
-    size = min(piece_size(length), length)
+    where a token has little filler before it. On both sides of the key line is a whole `period` of filler."""
+    size = min(max(piece_size(length), 3 * period + 8), length)
     even = np.linspace(0, length - size, count // 2)
     closer = np.geomspace(size, max(length - size, 1), (count + 1) // 2)[:-1]
     starts = np.concatenate([even, closer, [middle - size // 2]]).round().astype(int)
@@ -137,8 +137,9 @@ def spreading(table, kept, source):
 def prompt_in_pieces(tokenizer, trial, count=PIECES):
     """(tokens (T,), places that are read (n,), their sources (T,), tokens of the key)"""
     tokens, answer, middle = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
-    kept = pieces(len(tokens), middle, count)
-    source = sources(kept, len(tokens), len(tokens_of(tokenizer, FILLER)))
+    period = len(tokens_of(tokenizer, FILLER))
+    kept = pieces(len(tokens), middle, count, period)
+    source = sources(kept, len(tokens), period)
     return torch.tensor(tokens), torch.from_numpy(kept), torch.from_numpy(source), answer
 
 
@@ -203,8 +204,8 @@ def main(argv=None):
     share_sequences(model, args.context_parallel, lengths)
     ropes = resolve_ropes(args.rope, lengths, model)
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
-    first = make_prompt(tokenizer, lengths[0], 0, trials[0]["key"])[0]  # too short a --len shows now
-    in_vocabulary(model, torch.tensor(first))
+    for trial in trials[:args.depths * args.trials]:  # too short a --len shows now
+        in_vocabulary(model, torch.tensor(make_prompt(tokenizer, lengths[0], 0, trial["key"])[0]))
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
     journal = Journal(out / "passkey.jsonl", describe(model, tokenizer) | {
         "scoring": scoring, "depths": args.depths, "seed": args.seed}, recorded(args))

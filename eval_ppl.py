@@ -100,7 +100,7 @@ def plot(rows, path):
     over_length, (ax,) = panels_of(1, 4.7, 3.8)
     over_position, panels = panels_of(len(lengths), 3.2, 3.4, sharey=True)
     for i, rope in enumerate(ropes):
-        style = {"label": title_of(rope), "color": COLORS[i % 7], "marker": "osD^vPX"[i % 7], "ms": 4}
+        style = {"label": title_of(rope), "color": COLORS[i % 7], "marker": "osD^vPX"[(i + i // 7) % 7], "ms": 4}
         mine = sorted((r for r in rows if r["rope"] == rope), key=lambda r: r["length"])
         ax.plot([r["length"] for r in mine], [r["ppl"] for r in mine], **style)
         for panel, row in zip(panels, mine):
@@ -129,9 +129,9 @@ def parser():
     p.add_argument("--stride", type=whole, default=0,
                    help="tokens a window moves by, 256 in the paper (default: no overlap; without "
                    "--doc-tokens the first window alone)")
-    p.add_argument("--doc-tokens", type=natural, help="of each document, all scored at every length, in "
-                   "windows one after another or --stride apart (default: each length's first window alone; with "
-                   "--stride the longest --len and 10 strides more)")
+    p.add_argument("--doc-tokens", type=natural, help="of each document, all but a window's first token scored "
+                   "at every length, in windows one after another or --stride apart (default: each length's first "
+                   "window alone; with --stride the longest --len and 10 strides more)")
     p.add_argument("--windows", type=few, metavar="N",
                    help="N windows from anywhere in each document, BOS first, in place of its first tokens")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")

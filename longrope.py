@@ -739,8 +739,8 @@ def sha256_of(value):
 def resolve_rope(rope, model, length=None):
     """A Rope from what `load_model` accepts (see there), checked against the model."""
     config = model.config.rope
-    if rope in (None, "model", "config"):
-        return (rope != "config" and model.own_rope) or config
+    if rope is None or str(rope) in ("model", "config"):
+        return (str(rope) != "config" and model.own_rope) or config
     name, _, fixed = str(rope).partition(":")
     if name not in FORMULAS:
         return fitting(rope, config)
@@ -1069,7 +1069,7 @@ def documents_in(file):
 def windows(documents, tokenizer, length, samples, cut=True):
     """The first `length` tokens, with what the tokenizer puts in front, of each of the first `samples` documents that
     have so many -> [(name, tokens (T,))]; without `cut` all their tokens, nothing in front. Raises UserError."""
-    short = {}
+    short = []
 
     def first_tokens():
         for name, text in documents:
@@ -1078,15 +1078,16 @@ def windows(documents, tokenizer, length, samples, cut=True):
                    and characters < len(text)):
                 characters *= 2  # the cut changes the last few tokens at most
             if len(tokens) < length:
-                short[name] = len(tokens)
+                short.append((len(tokens), name))
             else:
                 yield name, torch.tensor(tokens[:length] if cut else tokens)
     found = [*islice(once(first_tokens()), samples)]
     if not found:
         raise UserError(f"no document of {length} tokens: the longest of {len(short)} has "
-                        f"{max(short.values(), default=0)}; give longer --data or a shorter --len")
+                        f"{max(short, default=[0])[0]}; give longer --data or a shorter --len")
     if short:
-        warn(f"left out {len(short)} documents shorter than {length} tokens: {shorten(', '.join(short), 200)}")
+        names = shorten(", ".join(name for _, name in short), 200)
+        warn(f"left out {len(short)} documents shorter than {length} tokens: {names}")
     return found
 
 
@@ -1178,7 +1179,7 @@ def measured(journal, model, ropes, tasks, measure, together=1):
 
     def tokens(task):
         return task["length"] * task.get("windows", 1)
-    known = {place(row): row for row in journal.rows}
+    known, written = {place(row): row for row in journal.rows}, {(row["rope"], place(row)) for row in journal.rows}
     todo = {(name, length): [{"rope": name, "scale": rope.scale, "rope_sha256": sha256_of(rope_to_dict(rope))} | task
                              for task in tasks if task["length"] == length] for (name, length), rope in ropes.items()}
     unknown = {place(task): tokens(task) for mine in todo.values() for task in mine if place(task) not in known}
@@ -1191,7 +1192,8 @@ def measured(journal, model, ropes, tasks, measure, together=1):
                 bar.update(tokens(row))
             rows = [known[place(task)] for task in todo[name, length]]
             for row in rows:
-                if place(row) in unknown and row["rope"] != name:  # an equal rope's, of this run
+                equal = row["rope"] != name and ropes.get((row["rope"], length)) == model.rope  # to another asked for
+                if equal and (name, place(row)) not in written:
                     journal.write(row | {"rope": name})
             yield name, length, [row | {"rope": name} for row in rows]
 
@@ -1254,8 +1256,8 @@ def describe(model, tokenizer):
     for p in model.parameters():  # a little of every tensor: quick, and any training changes it
         sample.update(p.flatten()[:1024].double().cpu().numpy().tobytes())
     return {"weights_sha256": sample.hexdigest(), "tokenizer_sha256": sha256_of(tokenizer.to_str()),
-            "dtype": str(w.dtype).removeprefix("torch."), "kernel": attention_kernel(model),
-            "compiled": bool(compiling and w.is_cuda)}
+            "rms_norm_eps": model.config.rms_norm_eps, "dtype": str(w.dtype).removeprefix("torch."),
+            "kernel": attention_kernel(model), "compiled": bool(compiling and w.is_cuda)}
 
 
 def recorded(args):

@@ -305,7 +305,8 @@ def within(space, problem, ropes, length):
     least, (low, high) = (np.array(space.smallest) - 0.005) * problem.base.rescale_factors, space.attention
     sets = {name: rope.at(length) for name, rope in ropes.items()}
     return {name: ropes[name] for name, factors in sets.items()
-            if (factors.rescale_factors >= least).all() and low <= factors.attention_factor <= high}
+            if (factors.rescale_factors >= least).all() and low <= factors.attention_factor <= high
+            and factors.n_hat in space.n_hats}
 
 
 class Evaluator:
@@ -456,8 +457,9 @@ def parser():
     add("--n-hat", type=lambda text: text if text == "search" else whole(text), default=0, metavar="N|search",
         help="first tokens that no factor changes; search = a gene (default: 0, as transformers and vLLM know none)")
     add("--attention-factor", choices=["su", "yarn", "none", "search"],
-        help="su = sqrt(1 + ln s / ln L), yarn = 0.1 ln s + 1, s = --len / L; none = 1; search = a gene, from 1 to "
-        "1.25 su (default: search; with --short and --export the long set's, since Hugging Face has one for both)")
+        help="su = sqrt(1 + ln s / ln L), yarn = 0.1 ln s + 1, s = --len / L, with --short the long set's; none = 1; "
+        "search = a gene, from 1 to 1.25 su (default: search; with --short and --export the long set's, since "
+        "Hugging Face has one for both)")
     add("--slow-least", type=float, metavar="R", help="the bound: no factor below R s, s = --len over what the "
         "base serves, for slow pairs, those that make no full turn within that: it keeps pass keys (default: "
         f"{SLOW_LEAST}; 0, as in the paper, with --fitness ppl or --short)")
@@ -497,6 +499,8 @@ def problem_of(args, rope):
     problem = (recovery if args.short else second_stage if args.init else first_stage)(rope, args.len)
     if args.short and (not args.init or args.len >= rope.target_length):
         raise UserError("--short: give an extended model's rope.json with --init, and a --len below its long set's")
+    if args.short and rope.short and args.len < rope.short_max_length:
+        warn(f"--len {args.len}: the short set that there is serves {rope.short_max_length} tokens, the new one fewer")
     if not args.short and args.len <= problem.window:
         raise UserError(f"--len {args.len}: nothing to extend, {problem.window} tokens are served already; if config "
                         "says more than was trained, lower its max_position_embeddings in a copy")
@@ -536,7 +540,8 @@ def main(argv=None):
     tokenizer = load_tokenizer(model.path)
     share_sequences(model, args.context_parallel, [args.len])
     problem = problem_of(args, rope)
-    start = resolve_rope(args.start, model, args.len).at(args.len) if args.start else None
+    start = resolve_rope(args.start, model, args.len) if args.start else None
+    start = start and start.at(min(args.len, start.short_max_length) if args.short else args.len)
     space, starts = first_candidates(args, problem, start)
     total = max(args.population_size, len(starts)) + args.iterations * (args.num_mutations + args.num_crossovers)
     args.max_evals = min(args.max_evals or total, total)

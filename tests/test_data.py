@@ -90,6 +90,8 @@ def test_windows_are_the_first_tokens_of_each_document_that_is_long_enough(tiny,
     assert "left out 1 documents shorter than 64 tokens: note.txt" in capsys.readouterr().err
     windows([*documents.items(), *((f"short{i}", "few") for i in range(200))], tokenizer, 64, 300)
     assert len(capsys.readouterr().err) < 300  # not all names are said
+    with pytest.raises(UserError, match=f"the longest of 2 has {len(tokenizer.encode('of one title').ids)};"):
+        windows([("title", "of one title"), ("title", "few")], tokenizer, 64, 1)
 
 
 def test_the_same_text_twice_is_one_document_and_it_is_said(tiny, books, tmp_path, capsys):

@@ -207,7 +207,8 @@ def test_two_processes_write_what_one_writes(tmp_path, how):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--rope yran", "yran"), ("--len 400 50", "a pass-key prompt takes at least"), ("--model gone", "gone"),
+    ("--rope yran", "yran"), ("--len 400 50", "a pass-key prompt takes at least"),
+    ("--len 177 --trials 4", "at least 180 tokens"), ("--model gone", "gone"),
     ("--context-parallel 2 --len 402", "402 tokens"), ("--context-parallel 3", "2 processes")])
 def test_a_mistake_is_one_line_before_anything_is_asked(tmp_path, tiny, capsys, monkeypatch, arguments, says):
     monkeypatch.setattr(eval_passkey, "ask", None)  # asking would be an error

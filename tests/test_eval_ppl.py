@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BOS, WINDOW, complaint, edit_config, hf_logits, read_lines, save_tiny
+from matplotlib.figure import Figure
 from test_finetune_distributed import spawn
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -174,6 +175,17 @@ def test_equal_ropes_are_measured_once_and_written_under_each_name(tmp_path, tin
         (n, rope) for n in (WINDOW, 2 * WINDOW) for rope in ("none", "yarn")]
     assert rows[0]["nll"] == rows[1]["nll"] and rows[2]["nll"] != rows[3]["nll"]
     assert ppl(tmp_path, *command) == rows and len(measured) == 3
+    assert len(ppl(tmp_path / "later", *[x for x in command if x != "yarn"])) == 2
+    assert {(row["length"], row["rope"]) for row in ppl(tmp_path / "later", *command)} == {
+        (row["length"], row["rope"]) for row in rows}
+
+
+def test_more_ropes_than_colours_look_different(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    eval_ppl.plot([{"rope": f"yarn:{s}", "length": 64, "ppl": s, "ppl_by_position": [s] * eval_ppl.BINS}
+                   for s in range(2, 14)], tmp_path)
+    assert len({(line.get_color(), line.get_marker()) for line in saved[0].axes[0].lines}) == 12
 
 
 @pytest.mark.parametrize("script", ["eval_ppl", "eval_passkey"])
@@ -188,8 +200,10 @@ def test_another_model_or_tokenizer_or_a_second_run_at_once_is_refused_in_a_line
     save_tiny(tmp_path / "weights", initializer_range=0.11)
     tokenizer = json.loads((tiny / "tokenizer.json").read_text()) | {"post_processor": None}
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((tiny / "config.json").read_text()) | {"rms_norm_eps": 0.1}
+    (shutil.copytree(tiny, tmp_path / "epsilon") / "config.json").write_text(json.dumps(config))
     for path, dtype, said in (("weights", "float32", "weights_sha256"), ("tokenizer", "float32", "tokenizer_sha256"),
-                              (tiny, "bfloat16", "weights_sha256, dtype")):
+                              ("epsilon", "float32", "rms_norm_eps"), (tiny, "bfloat16", "weights_sha256, dtype")):
         gc.collect()
         line = complaint(main, capsys, *command, "--model", tmp_path / path, "--dtype", dtype)
         assert f"{journal} is of a run with another {said}; give another --out" in line

@@ -1,6 +1,7 @@
 """Ropes against transformers' rope functions, against eq. 3 of the paper, and against themselves; rope.json."""
 import json
 import math
+from pathlib import Path
 from dataclasses import replace
 from decimal import Decimal, getcontext
 
@@ -285,6 +286,7 @@ def test_names_take_s_from_the_length_or_from_the_number_behind_the_colon(tmp_pa
         for scale, given in ((4.0, (name, 4 * WINDOW)), (16.0, (f"{name}:16", 4 * WINDOW)), (2.5, (f"{name}:2.5",))):
             assert rope(*given) == replace(PLAIN, long=formula(PAIRS, THETA, WINDOW, scale), scale=scale)
         assert rope(name, WINDOW // 2) == PLAIN  # nothing to extend
+    assert rope(Path("config")) == rope("config") == PLAIN  # --init's type is a path
     for bad in ("yarn:0.5", "yarn:x", "yarn:nan", "yarn:inf", "pi:-2", "ntk:"):
         with pytest.raises(UserError, match=f"rope {bad}"):
             rope(bad, None if bad == "ntk:" else 4 * WINDOW)

@@ -469,6 +469,14 @@ def test_pieces_hold_the_start_the_key_line_and_the_question_and_are_as_many_for
     assert len(pieces(2097152, round(depth * 2097152))) == len(kept)
 
 
+@pytest.mark.parametrize("depth", [0, 0.3, 0.6, 1])
+def test_what_is_left_out_of_a_prompt_has_a_source_of_its_own_token_whatever_the_tokenizer(tiny, depth):
+    for length in (700, 1024, 5000):  # the filler takes 64 tokens, with Llama's 27
+        tokens, kept, source, _ = prompt_in_pieces(load_tokenizer(tiny), {
+            "length": length, "depth": depth, "key": "41975"})
+        assert (tokens[kept[source]] == tokens).all() and len(kept) <= PIECES * 200
+
+
 def test_ask_in_pieces_asks_of_all_places_what_the_model_says_of_the_whole_prompt(tiny_model):
     rope, prompts, expected = make_rope(random_factors(1, 4), 4.0, 8), [], []
     tiny_model.rope, every = rope, torch.arange(300)

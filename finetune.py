@@ -4,8 +4,8 @@
     $ torchrun --nproc-per-node 8 finetune.py --model DIR --rope rope.json --len 131072 --data books/train --steps 400
 
 Under torchrun the model is sharded over all processes (FSDP2), on CPUs too. --out becomes a Hugging Face directory,
-on Ctrl-C or SIGTERM, too (torchrun waits --shutdown-timeout seconds, 30), then with a checkpoint, from which the same
-command goes on, on any number of processes.
+on Ctrl-C, SIGTERM or a closed terminal, too (torchrun waits --shutdown-timeout seconds, 30), then with a checkpoint,
+from which the same command goes on, on any number of processes.
 The paper: LLaMA2 --steps 400 --batch-size 32, Mistral also --batch-size 64 --lr 1e-6 --schedule constant --len 16384,
 with "short_max_length": 0 in rope.json, as so short segments would be trained under the short set.
 """
@@ -236,7 +236,7 @@ def segments_file(read, source, tokenizer, length, bos, eos, out):
 
 @contextmanager
 def asked_to_stop():
-    """A list to which Ctrl-C and SIGTERM now only add; a second Ctrl-C stops at once."""
+    """A list to which Ctrl-C, SIGTERM and a closed terminal now only add; a second Ctrl-C stops at once."""
     asked = []
 
     def ask(number, frame):
@@ -247,7 +247,7 @@ def asked_to_stop():
                 os.write(2, b"\nstopping when this step is done; Ctrl-C again stops at once\n")
         asked.append(number)
     with ExitStack() as restore:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 restore.callback(signal.signal, number, signal.signal(number, ask))
         yield asked
@@ -367,8 +367,8 @@ def complete(args, model, device):
         args.rope = next((str(path) for path in searched[:1 + (args.len == target)] if path.is_file()), None)
     rope = resolve_rope(args.rope, model, args.len)
     if args.len > rope.target_length:  # --rope none reaches any
-        raise UserError(f"--len {args.len}: {args.rope or 'the model'} reaches {rope.target_length} tokens; search "
-                        "factors (search.py) or give --rope none")
+        raise UserError(f"--len {args.len}: {args.rope or 'the model'} reaches {rope.target_length} tokens; give "
+                        "a shorter --len, search factors (search.py) or give --rope none")
     if args.mix and min(args.mix) <= model.window and rope.at(min(args.mix)) == rope.long != rope.trained:
         warn(f"--mix {min(args.mix)}: trained under the long set, as no short one serves the window")
     if rope.at(args.len) != rope.long:
@@ -416,9 +416,12 @@ def main(argv=None):
     setup |= {"rope": rope_to_dict(model.rope), "data_sha256": source.hexdigest()}
     if rank() == 0:
         setup["weights_sha256"] = describe(model, tokenizer)["weights_sha256"]
-    makes = ["config.json", "rope.json", *(file.name for file in out.glob("*.safetensors"))]
+    makes = ["config.json", "rope.json"]
+    makes += [path.name for kind in ("*.safetensors", "checkpoint-*") for path in out.glob(kind)]
     journal = Journal(out / "log.jsonl", setup, recorded(args), makes)
     if journal.rows and "result" in journal.rows[-1]:
+        if not (out / "model.safetensors").exists():
+            raise UserError(f"{out}: the run came to its end, but model.safetensors is gone; give another --out")
         remove_checkpoints(out)
         return say(f"{out} is whole: this run has come to its end")
     if rank() == 0:

@@ -765,6 +765,8 @@ def fitting(rope, config):
         for key in ("rope_theta", "original_max_position_embeddings"):
             if not math.isclose(ours := getattr(found, key), theirs := getattr(config, key)):
                 raise ValueError(f"its {key} is {ours:g}, this model's is {theirs:g}")
+        if config.scale == 1 and not np.allclose(found.trained.rescale_factors, config.trained.rescale_factors):
+            raise ValueError("it is for a model trained with other factors (trained_factor)")
     return found
 
 
@@ -789,7 +791,7 @@ FAMILIES = {  # projections with a bias, those that are one matrix in the checkp
     "Phi3ForCausalLM": ((), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj"),
                         {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}),  # Phi-4-mini, too
 }
-BESIDE = ("tokenizer*", "*_tokens*.json", "*.jinja", "vocab.json", "merges.txt", "generation_config.json")
+BESIDE = ("tokenizer*.*", "*_tokens*.json", "*.jinja", "vocab.json", "merges.txt", "generation_config.json")
 
 
 def read_config(d):
@@ -971,7 +973,7 @@ def save_config(model, path, dtype=None):
         config["dtype"] = str(dtype).removeprefix("torch.")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     parameters, window = {"rope_theta": rope.rope_theta} | scaling, rope.original_max_position_embeddings
-    if rope != model.config.rope:  # or else config.json says it already
+    if rope != model.config.rope or scaling.get("type") == "su":  # or else config.json says it in words of today
         scaling = parameters = dict([*d.items()][:7])
         said = rope_to_dict(rope_from_dict(parameters, rope.trained))
         if lost := [f"{k} {v:.4g} (transformers will take {said[k]:.4g})" for k, v in d.items() if v != said[k]]:
@@ -980,7 +982,7 @@ def save_config(model, path, dtype=None):
         config |= {"max_position_embeddings": rope.target_length, "original_max_position_embeddings": window}
         if config["architectures"][0] == "Phi3ForCausalLM" and d["attention_factor"] == su_factor(rope.scale, window):
             scaling = {"type": "longrope"} | {k: d[k] for k in ("short_factor", "long_factor")}  # for transformers 4
-    if rope.long == plain(len(rope.long.rescale_factors)) and not rope.short:
+    if rope.long == plain(len(rope.long.rescale_factors)) and not rope.short and rope.scale <= 1:
         parameters, scaling = {"rope_type": "default", "rope_theta": rope.rope_theta}, None
         config["max_position_embeddings"] = window
     if (part := said_of_rope(model.config.hf)["partial_rotary_factor"]) != 1:
@@ -993,6 +995,11 @@ def save_config(model, path, dtype=None):
             copy_file(file, path)
         else:
             warn(f"{file}: a link out of its directory, not copied")  # someone else's could lead to a secret
+    for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
+        with reading(path / name):  # a limit that was the window grows with it
+            said = read_json(path / name) if (path / name).exists() else {}
+            if window <= said.get(key, math.inf) < config["max_position_embeddings"]:
+                write_json(path / name, said | {key: config["max_position_embeddings"]})
 
 
 def copy_file(file, directory):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import eval_ppl
 import search
-from longrope import (Factors, Rope, load_model, load_rope, model_directory, plain, rope_to_dict, save_model,
-                      weight_files, write_json)
+from longrope import (Factors, Rope, UserError, load_model, load_rope, model_directory, plain, rope_to_dict,
+                      save_model, weight_files, write_json)
 
 HEAD_DIM, THETA = 32, 10000.0  # heads of hidden_size / heads, since Qwen2 and Phi3 have no head_dim of their own
 PAIRS = HEAD_DIM // 2
@@ -264,6 +264,26 @@ def test_a_rope_that_the_config_has_already_stays_in_its_words(tmp_path):
     assert load_rope(tmp_path / "out" / "rope.json") == model.rope
 
 
+def test_a_former_name_of_longrope_is_exported_by_todays(tmp_path):
+    rope = longrope_of("phi3")
+    save_family(tmp_path / "in", "phi3", rope=rope, max_position_embeddings=4 * WINDOW)
+    edit_config(tmp_path / "in", rope_parameters=..., rope_theta=THETA, original_max_position_embeddings=WINDOW,
+                rope_scaling={"type": "su", "long_factor": rope["long_factor"], "short_factor": rope["short_factor"]})
+    model = load_model(tmp_path / "in", device="cpu")
+    save_model(model, tmp_path / "out", dtype=torch.float32)
+    assert_same_logits(model, transformers_model(tmp_path / "out"), WINDOW, 4 * WINDOW)
+
+
+def test_a_rope_for_a_model_trained_with_other_factors_is_refused(tmp_path):
+    for factor in (8.0, 32.0):
+        save_family(tmp_path / f"{factor}", "llama", rope=LLAMA3 | {"factor": factor},
+                    max_position_embeddings=4 * WINDOW)
+    write_json(tmp_path / "rope.json", rope_to_dict(load_model(tmp_path / "8.0", "yarn:2", device="meta").rope))
+    assert load_model(tmp_path / "8.0", tmp_path / "rope.json", device="meta").rope.scale == 2
+    with pytest.raises(UserError, match="trained with other factors"):
+        load_model(tmp_path / "32.0", tmp_path / "rope.json", device="meta")
+
+
 def test_an_export_copies_the_weights_and_says_what_the_config_cannot(tmp_path, phi3, books, capsys):
     out, command = tmp_path / "export", [*map(str, (
         "--model", phi3, "--data", books, "--len", 4 * WINDOW, "--samples", 1, "--out", tmp_path / "search",
@@ -285,7 +305,7 @@ def test_an_export_copies_the_weights_and_says_what_the_config_cannot(tmp_path, 
     assert_same_logits(load_model(out, "config", device="cpu"), transformers_model(out), WINDOW, WINDOW + 1, 4 * WINDOW)
 
     write_json(tmp_path / "rope.json", rope_to_dict(make_rope((1.5,) * PAIRS, 2.0, n_hat=4)))
-    for more, line in (((), "export: give a new directory"), (("--export", phi3), "give a new directory"),
+    for more, line in (((), "export: it is --out or has files"), (("--export", phi3), "give a new directory"),
                        (("--export", phi3 / "config.json"), "give a new directory"),
                        (("--export", tmp_path / "e", "--n-hat", "search"), "n_hat"),
                        (("--export", tmp_path / "e", "--n-hat", "8"), "n_hat"),

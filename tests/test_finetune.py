@@ -272,10 +272,12 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(finetuned, com
     assert_same_result(tmp_path, finetuned)
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 2, [signal.SIGINT, signal.SIGTERM]])
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 2, [signal.SIGINT, signal.SIGTERM], [signal.SIGHUP] * 2])
 def test_a_signal_ends_the_run_in_a_checkpoint_after_the_step(
         finetuned, command, tmp_path, capfd, monkeypatch, numbers):
-    handler = signal.getsignal(numbers[0])
+    def handler(number, frame):  # nohup, say, ignores a closed terminal, and then so do we
+        raise AssertionError
+    before = signal.signal(numbers[0], handler)
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
         patch.setattr(finetune, "batch_of", signalling(5, *numbers))
         finetune.main(command(tmp_path))
@@ -289,7 +291,7 @@ def test_a_signal_ends_the_run_in_a_checkpoint_after_the_step(
     assert trained.keys() == found.keys()
     assert all(torch.equal(found[key].bfloat16(), weight.bfloat16()) for key, weight in trained.items())
     finetune.main(command(tmp_path))
-    assert "going on at step 6" in capfd.readouterr().out and signal.getsignal(numbers[0]) == handler
+    assert "going on at step 6" in capfd.readouterr().out and signal.signal(numbers[0], before) == handler
     assert_same_result(tmp_path, finetuned)
 
 
@@ -429,6 +431,17 @@ def test_neither_a_whole_run_nor_weights_of_something_else_are_written_over(
         said = complaint(finetune.main, capsys, *command(own, "--model", model))
         assert "of something else; give another --out" in said
     assert contents(own) == contents(tiny)
+    gone = shutil.copytree(finetuned, tmp_path / "gone")
+    (gone / "model.safetensors").unlink()
+    assert "model.safetensors is gone" in complaint(finetune.main, capsys, *command(gone))
+
+
+def test_a_checkpoint_whose_log_is_gone_is_not_gone_on_from(stopped, command, capsys):
+    for file in stopped.iterdir():
+        if file.is_file():
+            file.unlink()
+    assert "has checkpoint-4 of something else" in trouble(command(stopped, "--lr", 1e-5), capsys)
+    assert saved(stopped) == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -464,8 +477,8 @@ def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bund
     for given in ((), ("--len", 8192)):
         rope, args = completed(model, *given)
         assert rope == load_rope(committed) and args.rope == str(committed) and args.len == 8192
-    for given, said in ((("--len", 2048), "the model reaches 1024 tokens; search"),
-                        (("--len", 16384, "--rope", committed), "rope.json reaches 8192 tokens; search"),
+    for given, said in ((("--len", 2048), "the model reaches 1024 tokens; give a shorter --len"),
+                        (("--len", 16384, "--rope", committed), "rope.json reaches 8192 tokens; give"),
                         (("--rope", "yarn:4"), "--len 8192: yarn:4 reaches 4096 tokens")):
         with pytest.raises(UserError, match=said):
             completed(model, *given)

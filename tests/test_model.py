@@ -15,13 +15,14 @@ from conftest import (BOS, HEAD_DIM, VOCAB, WINDOW, assert_same_logits, hf_logit
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import finetune
 import longrope
-from longrope import (FORMULAS, UserError, attention, generate, head_groups, inv_freq_of, load_model, load_tokenizer,
-                      over_window, perplexity, plain, read_documents, rope_to_dict, save_model, token_nll,
-                      window_nll, write_json)
+import search
+from longrope import (FORMULAS, UserError, attention, generate, head_groups, inv_freq_of, load_model, load_rope,
+                      load_tokenizer, over_window, perplexity, plain, read_documents, rope_to_dict, save_config,
+                      save_model, token_nll, window_nll, write_json)
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": WINDOW,
             "long_factor": list(random_factors(1, 4)), "short_factor": list(random_factors(2, 1.2))}
@@ -352,11 +353,35 @@ def test_transformers_loads_a_saved_directory_as_it_is(tiny, tmp_path, rope):
     save_model(model, tmp_path, dtype=torch.float32)
     hf, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and hf.dtype == torch.float32
-    assert hf.config.max_position_embeddings == (1 if rope == "none" else 4) * WINDOW
+    assert hf.config.max_position_embeddings == 4 * WINDOW
     assert_same_logits(model, hf.eval(), WINDOW, WINDOW + 1, 4 * WINDOW)
     text = prose(9, 50)
     ids = load_tokenizer(tmp_path).encode(text).ids
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == ids and ids[0] == BOS
+
+
+def test_a_rope_is_exported_alike_from_a_search_that_kept_it_and_from_its_file(tiny, tmp_path):
+    model = load_model(tiny, device="meta")
+    model.rope = search.first_stage(model.rope, 4 * WINDOW).put(plain(HEAD_DIM // 2), 4 * WINDOW)  # it kept "none"
+    assert model.rope.short == model.rope.long
+    save_config(model, tmp_path / "kept")
+    model.rope = load_rope(tmp_path / "kept" / "rope.json")
+    save_config(model, tmp_path / "read")
+    kept, read = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("kept", "read"))
+    assert kept == read and kept["max_position_embeddings"] == 4 * WINDOW
+
+
+def test_limits_that_were_the_window_grow_with_it_and_others_stay(tiny, tmp_path):
+    source = shutil.copytree(tiny, tmp_path / "in")
+    (source / "tokenizer_files").mkdir()
+    for limit, expected in ((WINDOW, 4 * WINDOW), (WINDOW - 1, WINDOW - 1), (8 * WINDOW, 8 * WINDOW)):
+        write_json(source / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                      "model_max_length": limit})
+        write_json(source / "generation_config.json", {"max_length": limit, "do_sample": False})
+        save_model(load_model(source, "yarn:4", device="cpu"), tmp_path / "out")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert len(tokenizer(prose(9, 1000), truncation=True).input_ids) == expected
+        assert GenerationConfig.from_pretrained(tmp_path / "out").max_length == expected
 
 
 def test_load_model_takes_the_rope_from_where_it_is_told_to(tiny, tmp_path):

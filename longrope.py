@@ -1229,8 +1229,8 @@ class Parser(argparse.ArgumentParser):
         if data:
             add("--data", nargs="+", default=[], metavar="PATH", help=".txt files, directories of them "
                 "or .jsonl(.gz) with a \"text\" field (default: five of the bundled books, in finetune.py the others)")
-        add("--context-parallel", type=natural, default=1, metavar="N", help="processes of torchrun on one "
-            "sequence, of a multiple of 2 N tokens (default: 1; in finetune.py processes / gcd(them, --batch-size))")
+        add("--context-parallel", type=natural, default=1, metavar="N", help="torchrun's processes that share a "
+            "sequence, of a multiple of 2 N tokens (default: 1; finetune.py: all / gcd(all, --batch-size))")
         add("--device", help="cuda, cpu, ... (default: cuda if there is one, else cpu)")
         add("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on cuda, float32 on cpu")
         add("--no-compile", dest="compile", action="store_false", help="no torch.compile, which needs a C compiler")

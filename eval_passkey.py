@@ -99,10 +99,11 @@ def piece_size(length):
     return min(max(length // 64, 128), 512)
 
 
-def pieces(length, middle, count=PIECES, period=0):
+def pieces(length, middle, period, count=PIECES):
     """The places (n,) of a prompt's tokens (T,) that are read, `count` pieces, some adjoining: one around the key line,
     whose middle is given, half of the others evenly from the start to the question, half ever closer to the start,
-    where a token has little filler before it. On both sides of the key line is a whole `period` of filler."""
+    where a token has little filler before it. On both sides of the key line, itself at most a period long and 8 tokens,
+    is a whole `period` of filler."""
     size = min(max(piece_size(length), 3 * period + 8), length)
     even = np.linspace(0, length - size, count // 2)
     closer = np.geomspace(size, max(length - size, 1), (count + 1) // 2)[:-1]
@@ -138,7 +139,7 @@ def prompt_in_pieces(tokenizer, trial, count=PIECES):
     """(tokens (T,), places that are read (n,), their sources (T,), tokens of the key)"""
     tokens, answer, middle = make_prompt(tokenizer, trial["length"], trial["depth"], trial["key"])
     period = len(tokens_of(tokenizer, FILLER))
-    kept = pieces(len(tokens), middle, count, period)
+    kept = pieces(len(tokens), middle, period, count)
     source = sources(kept, len(tokens), period)
     return torch.tensor(tokens), torch.from_numpy(kept), torch.from_numpy(source), answer
 
@@ -204,8 +205,8 @@ def main(argv=None):
     share_sequences(model, args.context_parallel, lengths)
     ropes = resolve_ropes(args.rope, lengths, model)
     trials = make_trials(args.seed, lengths, args.depths, args.trials)
-    for trial in trials[:args.depths * args.trials]:  # too short a --len shows now
-        in_vocabulary(model, torch.tensor(make_prompt(tokenizer, lengths[0], 0, trial["key"])[0]))
+    key = max((trial["key"] for trial in trials), key=lambda key: len(tokens_of(tokenizer, f" {key}")))
+    in_vocabulary(model, torch.tensor(make_prompt(tokenizer, lengths[0], 0, key)[0]))  # too short a --len shows now
     scoring = "first number of greedy decoding" if args.generate else "teacher-forced"
     journal = Journal(out / "passkey.jsonl", describe(model, tokenizer) | {
         "scoring": scoring, "depths": args.depths, "seed": args.seed}, recorded(args))

@@ -129,9 +129,9 @@ def parser():
     p.add_argument("--stride", type=whole, default=0,
                    help="tokens a window moves by, 256 in the paper (default: no overlap; without "
                    "--doc-tokens the first window alone)")
-    p.add_argument("--doc-tokens", type=natural, help="of each document, all but a window's first token scored "
-                   "at every length, in windows one after another or --stride apart (default: each length's first "
-                   "window alone; with --stride the longest --len and 10 strides more)")
+    p.add_argument("--doc-tokens", type=natural, help="of each document, all scored at every length but the first "
+                   "(without --stride of each window), in windows one after another or --stride apart (default: each "
+                   "length's first window alone; with --stride the longest --len and 10 strides more)")
     p.add_argument("--windows", type=few, metavar="N",
                    help="N windows from anywhere in each document, BOS first, in place of its first tokens")
     p.add_argument("--out", type=Path, help="directory of the result (default: out/ppl-LEN, LEN the longest)")

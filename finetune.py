@@ -4,8 +4,8 @@
     $ torchrun --nproc-per-node 8 finetune.py --model DIR --rope rope.json --len 131072 --data books/train --steps 400
 
 Under torchrun the model is sharded over all processes (FSDP2), on CPUs too. --out becomes a Hugging Face directory,
-on Ctrl-C, SIGTERM or a closed terminal, too (torchrun waits --shutdown-timeout seconds, 30), then with a checkpoint,
-from which the same command goes on, on any number of processes.
+on Ctrl-C, SIGTERM or a closed terminal, too (torchrun waits for 30 s; in PyTorch 2.13 see --shutdown-timeout), then
+with a checkpoint, from which the same command goes on, on any number of processes.
 The paper: LLaMA2 --steps 400 --batch-size 32, Mistral also --batch-size 64 --lr 1e-6 --schedule constant --len 16384,
 with "short_max_length": 0 in rope.json, as so short segments would be trained under the short set.
 """

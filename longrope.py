@@ -743,7 +743,7 @@ def resolve_rope(rope, model, length=None):
         return (str(rope) != "config" and model.own_rope) or config
     name, _, fixed = str(rope).partition(":")
     if name not in FORMULAS:
-        return fitting(rope, config)
+        return fitting(rope, config, model.own_rope)
     with reading(f"rope {rope}"):
         if name != "none" and not (length or fixed):
             raise ValueError(f"for how many tokens? Give length, or s as in {rope}:8")
@@ -754,18 +754,20 @@ def resolve_rope(rope, model, length=None):
         return replace(config, long=long.on(config.trained), scale=scale, short=None, short_max_length=0)
 
 
-def fitting(rope, config):
-    """The Rope, or that in a file, if it is for a model whose config.json describes the Rope `config`."""
+def fitting(rope, config, own=None):
+    """The Rope, or that in a file, if it is for a model whose config.json describes the Rope `config`, and which has
+    `own` in its rope.json: an extended model's config.json does not say with what it was trained before."""
     if not isinstance(rope, Rope) and not Path(rope).is_file():
         raise UserError(f"rope {rope}: not {NAMED}, model, config or a rope.json file; a model's directory is for "
                         "--model")
-    found = rope if isinstance(rope, Rope) else load_rope(rope, config.trained)
+    found = rope if isinstance(rope, Rope) else load_rope(rope, (own or config).trained)
     with reading("rope" if found is rope else rope):
         replace(found, trained=config.trained)  # which counts the factors
         for key in ("rope_theta", "original_max_position_embeddings"):
             if not math.isclose(ours := getattr(found, key), theirs := getattr(config, key)):
                 raise ValueError(f"its {key} is {ours:g}, this model's is {theirs:g}")
-        if config.scale == 1 and not np.allclose(found.trained.rescale_factors, config.trained.rescale_factors):
+        known, ours = own or (config if config.scale == 1 else found), found.trained.rescale_factors
+        if not np.allclose(ours, known.trained.rescale_factors):
             raise ValueError("it is for a model trained with other factors (trained_factor)")
     return found
 
@@ -791,6 +793,7 @@ FAMILIES = {  # projections with a bias, those that are one matrix in the checkp
     "Phi3ForCausalLM": ((), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj"),
                         {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}),  # Phi-4-mini, too
 }
+FORMER = {"su", "yarn"}  # names of longrope, in Phi-3's config.json
 BESIDE = ("tokenizer*.*", "*_tokens*.json", "*.jinja", "vocab.json", "merges.txt", "generation_config.json")
 
 
@@ -846,7 +849,7 @@ def rope_of_config(d, pairs):
     theta, before = number(given["rope_theta"]), integer(given.get("original_max_position_embeddings", window))
     Rope(theta, before, plain(pairs), plain(pairs))  # checks these numbers before they are used
     kind, factor = given.get("rope_type", given.get("type", "default")), given.get("factor", window / before)
-    if d["architectures"][0] == "Phi3ForCausalLM" and kind in ("su", "yarn"):
+    if d["architectures"][0] == "Phi3ForCausalLM" and kind in FORMER:
         kind = "longrope"  # its former names
     match kind:
         case "longrope":
@@ -973,7 +976,8 @@ def save_config(model, path, dtype=None):
         config["dtype"] = str(dtype).removeprefix("torch.")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     parameters, window = {"rope_theta": rope.rope_theta} | scaling, rope.original_max_position_embeddings
-    if rope != model.config.rope or scaling.get("type") == "su":  # or else config.json says it in words of today
+    old = config["architectures"][0] == "Phi3ForCausalLM" and {*map(scaling.get, ("type", "rope_type"))} & FORMER
+    if rope != model.config.rope or old:  # or else config.json says it in words of today
         scaling = parameters = dict([*d.items()][:7])
         said = rope_to_dict(rope_from_dict(parameters, rope.trained))
         if lost := [f"{k} {v:.4g} (transformers will take {said[k]:.4g})" for k, v in d.items() if v != said[k]]:
@@ -996,10 +1000,9 @@ def save_config(model, path, dtype=None):
         else:
             warn(f"{file}: a link out of its directory, not copied")  # someone else's could lead to a secret
     for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
-        with reading(path / name):  # a limit that was the window grows with it
-            said = read_json(path / name) if (path / name).exists() else {}
-            if window <= said.get(key, math.inf) < config["max_position_embeddings"]:
-                write_json(path / name, said | {key: config["max_position_embeddings"]})
+        said = read_json(path / name) if (path / name).exists() else {}
+        if type(limit := said.get(key)) is int and window <= limit < config["max_position_embeddings"]:
+            write_json(path / name, said | {key: config["max_position_embeddings"]})  # it was the window
 
 
 def copy_file(file, directory):
@@ -1260,11 +1263,12 @@ def begin(args):
 def describe(model, tokenizer):
     """What must agree for two runs to be parts of one."""
     w, sample = model.unembedding, hashlib.sha256()
+    sample.update(str(model.config.rms_norm_eps).encode())
     for p in model.parameters():  # a little of every tensor: quick, and any training changes it
         sample.update(p.flatten()[:1024].double().cpu().numpy().tobytes())
     return {"weights_sha256": sample.hexdigest(), "tokenizer_sha256": sha256_of(tokenizer.to_str()),
-            "rms_norm_eps": model.config.rms_norm_eps, "dtype": str(w.dtype).removeprefix("torch."),
-            "kernel": attention_kernel(model), "compiled": bool(compiling and w.is_cuda)}
+            "dtype": str(w.dtype).removeprefix("torch."), "kernel": attention_kernel(model),
+            "compiled": bool(compiling and w.is_cuda)}
 
 
 def recorded(args):

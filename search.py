@@ -499,7 +499,7 @@ def problem_of(args, rope):
     problem = (recovery if args.short else second_stage if args.init else first_stage)(rope, args.len)
     if args.short and (not args.init or args.len >= rope.target_length):
         raise UserError("--short: give an extended model's rope.json with --init, and a --len below its long set's")
-    if args.short and rope.short and args.len < rope.short_max_length:
+    if args.short and rope.short and max(args.len, problem.window) < rope.short_max_length:
         warn(f"--len {args.len}: the short set that there is serves {rope.short_max_length} tokens, the new one fewer")
     if not args.short and args.len <= problem.window:
         raise UserError(f"--len {args.len}: nothing to extend, {problem.window} tokens are served already; if config "

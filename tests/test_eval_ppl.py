@@ -203,7 +203,7 @@ def test_another_model_or_tokenizer_or_a_second_run_at_once_is_refused_in_a_line
     config = json.loads((tiny / "config.json").read_text()) | {"rms_norm_eps": 0.1}
     (shutil.copytree(tiny, tmp_path / "epsilon") / "config.json").write_text(json.dumps(config))
     for path, dtype, said in (("weights", "float32", "weights_sha256"), ("tokenizer", "float32", "tokenizer_sha256"),
-                              ("epsilon", "float32", "rms_norm_eps"), (tiny, "bfloat16", "weights_sha256, dtype")):
+                              ("epsilon", "float32", "weights_sha256"), (tiny, "bfloat16", "weights_sha256, dtype")):
         gc.collect()
         line = complaint(main, capsys, *command, "--model", tmp_path / path, "--dtype", dtype)
         assert f"{journal} is of a run with another {said}; give another --out" in line

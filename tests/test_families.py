@@ -264,11 +264,12 @@ def test_a_rope_that_the_config_has_already_stays_in_its_words(tmp_path):
     assert load_rope(tmp_path / "out" / "rope.json") == model.rope
 
 
-def test_a_former_name_of_longrope_is_exported_by_todays(tmp_path):
+@pytest.mark.parametrize("key, name", [("type", "su"), ("type", "yarn"), ("rope_type", "su")])
+def test_a_former_name_of_longrope_is_exported_by_todays(tmp_path, key, name):
     rope = longrope_of("phi3")
     save_family(tmp_path / "in", "phi3", rope=rope, max_position_embeddings=4 * WINDOW)
     edit_config(tmp_path / "in", rope_parameters=..., rope_theta=THETA, original_max_position_embeddings=WINDOW,
-                rope_scaling={"type": "su", "long_factor": rope["long_factor"], "short_factor": rope["short_factor"]})
+                rope_scaling={key: name, "long_factor": rope["long_factor"], "short_factor": rope["short_factor"]})
     model = load_model(tmp_path / "in", device="cpu")
     save_model(model, tmp_path / "out", dtype=torch.float32)
     assert_same_logits(model, transformers_model(tmp_path / "out"), WINDOW, 4 * WINDOW)
@@ -280,8 +281,10 @@ def test_a_rope_for_a_model_trained_with_other_factors_is_refused(tmp_path):
                     max_position_embeddings=4 * WINDOW)
     write_json(tmp_path / "rope.json", rope_to_dict(load_model(tmp_path / "8.0", "yarn:2", device="meta").rope))
     assert load_model(tmp_path / "8.0", tmp_path / "rope.json", device="meta").rope.scale == 2
-    with pytest.raises(UserError, match="trained with other factors"):
-        load_model(tmp_path / "32.0", tmp_path / "rope.json", device="meta")
+    save_model(load_model(tmp_path / "32.0", "yarn:4", device="cpu"), tmp_path / "extended")
+    for name in ("32.0", "extended"):
+        with pytest.raises(UserError, match="trained with other factors"):
+            load_model(tmp_path / name, tmp_path / "rope.json", device="meta")
 
 
 def test_an_export_copies_the_weights_and_says_what_the_config_cannot(tmp_path, phi3, books, capsys):

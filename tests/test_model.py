@@ -21,8 +21,8 @@ import finetune
 import longrope
 import search
 from longrope import (FORMULAS, UserError, attention, generate, head_groups, inv_freq_of, load_model, load_rope,
-                      load_tokenizer, over_window, perplexity, plain, read_documents, rope_to_dict, save_config,
-                      save_model, token_nll, window_nll, write_json)
+                      load_tokenizer, over_window, perplexity, plain, read_documents, read_json, rope_to_dict,
+                      save_config, save_model, token_nll, window_nll, write_json)
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": WINDOW,
             "long_factor": list(random_factors(1, 4)), "short_factor": list(random_factors(2, 1.2))}
@@ -374,14 +374,16 @@ def test_a_rope_is_exported_alike_from_a_search_that_kept_it_and_from_its_file(t
 def test_limits_that_were_the_window_grow_with_it_and_others_stay(tiny, tmp_path):
     source = shutil.copytree(tiny, tmp_path / "in")
     (source / "tokenizer_files").mkdir()
-    for limit, expected in ((WINDOW, 4 * WINDOW), (WINDOW - 1, WINDOW - 1), (8 * WINDOW, 8 * WINDOW)):
+    for limit, expected in ((WINDOW, 4 * WINDOW), (WINDOW - 1, WINDOW - 1), (8 * WINDOW, 8 * WINDOW), (None, None)):
         write_json(source / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
                                                       "model_max_length": limit})
         write_json(source / "generation_config.json", {"max_length": limit, "do_sample": False})
         save_model(load_model(source, "yarn:4", device="cpu"), tmp_path / "out")
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-        assert len(tokenizer(prose(9, 1000), truncation=True).input_ids) == expected
-        assert GenerationConfig.from_pretrained(tmp_path / "out").max_length == expected
+        said = [read_json(tmp_path / f"out/{name}_config.json") for name in ("tokenizer", "generation")]
+        assert said[0]["model_max_length"] == said[1]["max_length"] == expected
+        if limit == WINDOW:
+            tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(prose(9, 1000), truncation=True).input_ids
+            assert len(tokens) == GenerationConfig.from_pretrained(tmp_path / "out").max_length == 4 * WINDOW
 
 
 def test_load_model_takes_the_rope_from_where_it_is_told_to(tiny, tmp_path):

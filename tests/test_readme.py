@@ -114,8 +114,8 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
     one_book = [plots.values(ROOT / "results/smollm2/ppl-formula-32k.jsonl", rope)[32768][0]
                 for rope in (*ropes[:2], "default-64k/rope.json")]
     assert ("in other books `yarn` has {:.1f}, `yarn:9.52` {:.1f}, `yarn-su:9.52` {:.1f}, searched {:.1f}; of 50 whole "
-            "prompts the last three answer {}, {} and {} (other seeds {}, {}). SmolLM2 under its own such sets has, "
-            "in one book's first 32768 tokens, {:.1f}, {:.1f} and [{:.1f}]").format(*elsewhere, *keys, *one_book) in text
+            "prompts the last three answer {}, {} and {} (other seeds {}, {}). SmolLM2 under its own such sets has, in "
+            "one book's first 32768 tokens, {:.1f}, {:.1f} and [{:.1f}]").format(*elsewhere, *keys, *one_book) in text
     speed = {name: cells for name, *cells in cells_of(PAGES[ROOT / "results/search/README.md"]) if len(cells) == 3}
     (_, theirs, _), (share, default, _) = speed["Algorithm 1"], speed["with the bound and the key, nearly the default"]
     assert "with {} of its tokens; nearly the default, with {}, {:.1%} above".format(

@@ -460,13 +460,13 @@ def test_pieces_hold_the_start_the_key_line_and_the_question_and_are_as_many_for
     tokenizer = load_tokenizer(bundled.path)
     for length in (200, 1024, 1100, 5000, 65536):
         tokens, _, middle = make_prompt(tokenizer, length, depth, "41975")
-        kept, size = pieces(length, middle).tolist(), min(piece_size(length), length)
+        kept, size = pieces(length, middle, 27).tolist(), min(piece_size(length), length)
         assert kept == sorted({*kept} & {*range(length)}) and len(kept) <= PIECES * size
         assert {*range(2 * size), *range(length - size, length), middle} <= {*kept} or length < 2 * size
         assert (len(kept) == length) is (length == 200) and np.diff(kept).max() < length / 3  # evenly
         text = tokenizer.decode([tokens[place] for place in kept])
         assert NEEDLE.format(key="41975") in text and text.endswith(f"{QUESTION} 41975")
-    assert len(pieces(2097152, round(depth * 2097152))) == len(kept)
+    assert len(pieces(2097152, round(depth * 2097152), 27)) == len(kept)
 
 
 @pytest.mark.parametrize("depth", [0, 0.3, 0.6, 1])

@@ -766,8 +766,8 @@ def fitting(rope, config, own=None):
         for key in ("rope_theta", "original_max_position_embeddings"):
             if not math.isclose(ours := getattr(found, key), theirs := getattr(config, key)):
                 raise ValueError(f"its {key} is {ours:g}, this model's is {theirs:g}")
-        known, ours = own or (config if config.scale == 1 else found), found.trained.rescale_factors
-        if not np.allclose(ours, known.trained.rescale_factors):
+        known = own or (config if config.scale == 1 else found)
+        if not np.allclose(found.trained.rescale_factors, known.trained.rescale_factors):
             raise ValueError("it is for a model trained with other factors (trained_factor)")
     return found
 
@@ -1263,7 +1263,7 @@ def begin(args):
 def describe(model, tokenizer):
     """What must agree for two runs to be parts of one."""
     w, sample = model.unembedding, hashlib.sha256()
-    sample.update(str(model.config.rms_norm_eps).encode())
+    sample.update(str(model.config.rms_norm_eps).encode())  # the one number beside them that logits depend on
     for p in model.parameters():  # a little of every tensor: quick, and any training changes it
         sample.update(p.flatten()[:1024].double().cpu().numpy().tobytes())
     return {"weights_sha256": sample.hexdigest(), "tokenizer_sha256": sha256_of(tokenizer.to_str()),

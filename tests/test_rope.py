@@ -1,9 +1,9 @@
 """Ropes against transformers' rope functions, against eq. 3 of the paper, and against themselves; rope.json."""
 import json
 import math
-from pathlib import Path
 from dataclasses import replace
 from decimal import Decimal, getcontext
+from pathlib import Path
 
 import numpy as np
 import pytest

@@ -42,7 +42,8 @@ TWO_MILLION = (
     ("plain RoPE", "1.5b", "none", "#999999", "-"),
     ("searched for 262144", "1.5b", "262144.rope.json", "#0072B2", "-"),
     ("one of 36 sets on top", "1.5b", "1.5b.rope.json", "#56B4E9", "-"),
-    ("NTK on top", "1.5b", "ntk.json", "#009E73", "-"))
+    ("NTK on top", "1.5b", "ntk.json", "#009E73", "-"),
+    ("YaRN on top", "1.5b", "yarn.json", "#E69F00", "-"))
 QWEN = (
     ("NTK for the length", "ntk", "#009E73"),
     ("YaRN for the length", "yarn", "#E69F00"),

@@ -794,7 +794,8 @@ FAMILIES = {  # projections with a bias, those that are one matrix in the checkp
                         {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}),  # Phi-4-mini, too
 }
 FORMER = {"su", "yarn"}  # names of longrope, in Phi-3's config.json
-BESIDE = ("tokenizer*.*", "*_tokens*.json", "*.jinja", "vocab.json", "merges.txt", "generation_config.json")
+BESIDE = ("tokenizer*.*", "*_tokens*.json", "*.jinja", "additional_chat_templates/*.jinja", "vocab.json", "merges.txt",
+          "generation_config.json")
 
 
 def read_config(d):
@@ -825,10 +826,13 @@ def read_config(d):
         raise ValueError(f"a partial_rotary_factor, {part}, is supported in Phi3ForCausalLM alone")
     if not 0 < number(said["rms_norm_eps"]) < 1:
         raise ValueError(f"rms_norm_eps {said['rms_norm_eps']} is not between 0 and 1")
-    biased += (*QKV, "o_proj") * bool(d.get("attention_bias")) + (*GATE_UP, "down_proj") * bool(d.get("mlp_bias"))
+    if d.get("attention_bias") and family in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
+        biased += *QKV, "o_proj"
+    if d.get("mlp_bias") and family == "LlamaForCausalLM":
+        biased += *GATE_UP, "down_proj"
     sliding = (silent | d).get("sliding_window")  # null: none
-    if sliding and family != "LlamaForCausalLM" and said.get("use_sliding_window", True) and (
-            sliding < d["max_position_embeddings"]):
+    if sliding and family != "LlamaForCausalLM" and sliding < d["max_position_embeddings"] and (
+            "use_sliding_window" not in silent or said["use_sliding_window"]):
         warn(f"its own attention slides over the last {sliding} tokens; here every token attends to all before it")
     rope = rope_of_config(d, turning // 2)
     return LlamaConfig(*(said[name] for name in names), rope, biased, family == "Qwen3ForCausalLM", fused, hf=d)
@@ -969,7 +973,8 @@ def save_weights(model, path, state, dtype=torch.bfloat16):
 def save_config(model, path, dtype=None):
     """A Hugging Face directory but for the weights: the rope goes into config.json, in transformers 4's words and in
     5's, and into rope.json, which has room for all of it. dtype: None is what the config said."""
-    path, rope, d = Path(path), model.rope, rope_to_dict(model.rope)
+    rope = model.rope if model.rope.short_max_length else replace(model.rope, short=None)  # as it then serves nothing
+    path, d = Path(path), rope_to_dict(rope)
     dropped = ("auto_map", "layer_types", "use_sliding_window", *["torch_dtype"] * bool(dtype))
     config = {k: v for k, v in model.config.hf.items() if k not in dropped} | {"sliding_window": None}
     if dtype:
@@ -995,8 +1000,8 @@ def save_config(model, path, dtype=None):
     write_json(path / "config.json", config)
     write_json(path / "rope.json", d)
     for file in chain.from_iterable(map(model.path.glob, BESIDE)) if model.path not in (None, path) else ():
-        if file.resolve().parent in (model.path.resolve(), model.path.resolve().parent.parent / "blobs"):
-            copy_file(file, path)
+        if {model.path.resolve(), model.path.resolve().parent.parent / "blobs"} & {*file.resolve().parents}:
+            copy_file(file, path / file.parent.relative_to(model.path))
         else:
             warn(f"{file}: a link out of its directory, not copied")  # someone else's could lead to a secret
     for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
@@ -1132,6 +1137,8 @@ def join_processes(device=None):
     if device == "meta":
         raise UserError("--device meta: it holds no numbers")
     if "RANK" in os.environ and not dist.is_initialized():
+        if device not in (None, "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: torchrun's processes take cuda, one each, where there is one, or cpu")
         gpu = None
         if torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
             gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import finetune
 import longrope
 import search
-from longrope import (FORMULAS, UserError, attention, generate, head_groups, inv_freq_of, load_model, load_rope,
-                      load_tokenizer, over_window, perplexity, plain, read_documents, read_json, rope_to_dict,
-                      save_config, save_model, token_nll, window_nll, write_json)
+from longrope import (FORMULAS, UserError, attention, generate, head_groups, inv_freq_of, join_processes, load_model,
+                      load_rope, load_tokenizer, over_window, perplexity, plain, read_documents, read_json,
+                      rope_to_dict, save_config, save_model, token_nll, window_nll, write_json)
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": WINDOW,
             "long_factor": list(random_factors(1, 4)), "short_factor": list(random_factors(2, 1.2))}
@@ -400,10 +400,14 @@ def test_load_model_takes_the_rope_from_where_it_is_told_to(tiny, tmp_path):
         assert load_model(path, name, 3 * WINDOW, "meta").rope == expected
 
 
-def test_a_device_or_a_path_that_is_not_there_is_the_users_mistake(tiny, tmp_path):
+def test_a_device_or_a_path_that_is_not_there_is_the_users_mistake(tiny, tmp_path, monkeypatch):
     for device in ("abacus", "cuda:99"):
         with pytest.raises(UserError, match=f"device {device}"):
             load_model(tiny, device=device)
+        monkeypatch.setenv("RANK", "0")  # as torchrun sets it
+        with pytest.raises(UserError, match=f"device {device}"):
+            join_processes(device)
+        monkeypatch.delenv("RANK")
     assert load_model(tiny, device="cpu:0").unembedding.device.type == "cpu"
     for path in (tmp_path / "nowhere", "./nowhere", "./out/nowhere", "nowhere", tmp_path):
         with pytest.raises(UserError, match=r"nowhere: no such directory|config\.json: .*No such file") as e:

@@ -14,6 +14,7 @@ import time
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from longrope import (ROPES, Journal, Parser, UserError, attention, begin, describe, few, generate, in_vocabulary,
                       load_tokenizer, measured, natural, over_window, panels_of, rank, recorded, resolve_ropes, rotate,
-                      run, say, share_sequences, title_of, token_nll, warm_up)
+                      run, say, share_sequences, titles_of, token_nll, warm_up)
 
 TASK = ("There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
         "I will quiz you about the important information there.\n")
@@ -169,14 +170,14 @@ def plot(trials, scoring, path):
     """A panel for each rope: length across, depth down, accuracy as colour and number."""
     ropes, lengths, depths = (list(dict.fromkeys(t[key] for t in trials)) for key in ("rope", "length", "depth"))
     fig, panels = panels_of(len(ropes), 0.9 + 0.55 * len(lengths), 3.8)
-    for ax, rope in zip(panels, ropes):
+    for ax, (rope, title) in zip(panels, titles_of(ropes).items()):
         hits = [[[t["hit"] for t in trials if (t["rope"], t["length"], t["depth"]) == (rope, length, depth)]
                  for length in lengths] for depth in depths]
         accuracy = np.mean(hits, axis=-1)
         image = ax.imshow(accuracy, vmin=0, vmax=1, cmap="cividis", aspect="auto")  # cividis: safe for the colour-blind
         for (y, x), a in np.ndenumerate(accuracy):
             ax.text(x, y, f"{a:.0%}", ha="center", va="center", size=7, color="black" if a > 0.5 else "white")
-        ax.set_title(f"{title_of(rope)}, {accuracy.mean():.0%}", size=10)
+        ax.set_title(fill(f"{title}, {accuracy.mean():.0%}", 10 + 6 * len(lengths)), size=10)
         ax.set_xticks(range(len(lengths)), lengths, rotation=90, size=8)
         ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], size=8)
     fig.supylabel("depth of the key", size=10)

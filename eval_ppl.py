@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from longrope import (COLORS, ROPES, Journal, Parser, UserError, begin, data_hash, describe, few, forward_flops,
                       in_vocabulary, load_tokenizer, measured, natural, panels_of, perplexity, rank,
-                      read_documents, recorded, resolve_ropes, run, say, share_sequences, spread, title_of,
+                      read_documents, recorded, resolve_ropes, run, say, share_sequences, spread, titles_of,
                       token_id, utilisation, warm_up, whole, window_nll, windows, world_size)
 
 BINS = 16  # of the window, for perplexity by position
@@ -79,12 +79,13 @@ def measure(model, scored, together):
 def read_windows(args, lengths, model, tokenizer):
     """{length: (what a row says of its data, [(tokens, first), ...])}, the same for all ropes."""
     found, total = {}, args.doc_tokens or lengths[-1] + 10 * args.stride
-    documents = windows(read_documents(args.data, 5 * total), tokenizer, total, args.samples, cut=not args.windows)
+    bos = token_id(model, "bos_token_id") if args.windows else None  # in front of each window
+    documents = windows(read_documents(args.data, 5 * total), tokenizer, total - (bos is not None), args.samples,
+                        cut=not args.windows)
     texts = [in_vocabulary(model, tokens) for _, tokens in documents]
     for n in lengths:
         stride = args.stride or (n if args.doc_tokens else 0)
         if args.windows:
-            bos = token_id(model, "bos_token_id")
             scored = [(window, 1) for text in texts for window in anywhere(text, n, args.windows, args.seed, bos)]
         else:
             scored = [(text[at:at + n], first) for text in texts for at, first in spans(total, n, stride)]
@@ -99,15 +100,15 @@ def plot(rows, path):
     ropes, lengths = list(dict.fromkeys(r["rope"] for r in rows)), sorted({r["length"] for r in rows})
     over_length, (ax,) = panels_of(1, 4.7, 3.8)
     over_position, panels = panels_of(len(lengths), 3.2, 3.4, sharey=True)
-    for i, rope in enumerate(ropes):
-        style = {"label": title_of(rope), "color": COLORS[i % 7], "marker": "osD^vPX"[(i + i // 7) % 7], "ms": 4}
+    for i, (rope, title) in enumerate(titles_of(ropes).items()):
+        style = {"label": title, "color": COLORS[i % 7], "marker": "osD^vPX"[(i + i // 7) % 7], "ms": 4}
         mine = sorted((r for r in rows if r["rope"] == rope), key=lambda r: r["length"])
         ax.plot([r["length"] for r in mine], [r["ppl"] for r in mine], **style)
         for panel, row in zip(panels, mine):
             ppl = [np.nan if p is None else p for p in row["ppl_by_position"]]
             panel.plot((np.arange(BINS) + 0.5) * row["length"] / BINS, ppl, **style)
     ax.set(xscale="log", yscale="log", xlabel="window (tokens)", ylabel="perplexity")
-    ax.set_xticks(lengths, lengths)
+    ax.set_xticks(lengths, lengths, rotation=45)
     ax.set_xticks([], minor=True)
     ax.legend()
     for panel, length in zip(panels, lengths):

@@ -1315,8 +1315,9 @@ def panels_of(count, width, height, **more):
     return fig, axes[:count]
 
 
-def title_of(rope):  # in pictures: out/long/rope.json is long, seed0.rope.json seed0
-    return rope.removesuffix("rope.json").rstrip("/.").rpartition("/")[2] or rope
+def titles_of(ropes):  # in pictures: out/long/rope.json is long, seed0.rope.json seed0, if no other is
+    short = [rope.removesuffix("rope.json").rstrip("/.").rpartition("/")[2].lstrip("_") or rope for rope in ropes]
+    return {rope: title if short.count(title) == 1 else rope for rope, title in zip(ropes, short)}
 
 
 def warm_up(model, length):

@@ -401,9 +401,8 @@ def say_table(args, rows, unseen):
             "best of the others")
 
 
-def plot(ropes, length, rows, path):
+def plot(ropes, length, found, path):
     """Left: lambda of each pair for each rope. Right: every candidate, and the lowest fitness as the search went on."""
-    found = [row["fitness"] for row in rows if "genes" in row]
     height = max(np.median(found) - min(found), 0.003)
     fig, (left, right) = panels_of(2, 4.6, 3.6)
     lines = {}  # equal factors are one line, as YaRN's two
@@ -437,7 +436,7 @@ def say_cost(args, model, documents, prompts, candidates, ropes):
     seconds *= args.context_parallel / world_size()
     say(f"{candidates} candidates, each on {args.samples} document{'s' * (args.samples > 1)} of {args.len} tokens and "
         f"{len(prompts.get('search', []))} pass keys, take about {tqdm.format_interval(seconds)}" + (
-            f"; shorter: --len {max(args.len // 8, 2 * model.window)} --max-evals 16"
+            f"; shorter: --len {min(args.len, max(args.len // 8, 2 * model.window))} --max-evals 16"
             * (on_cpu and seconds > 1800 and not args.init)))
 
 
@@ -581,7 +580,7 @@ def main(argv=None):
     model.rope = last[best]
     evaluate.save(model.rope, perplexity=rows[-1]["search"], kept=kept, comparison=rows)
     if rank() == 0:
-        plot(ropes, args.len, journal.rows, args.out / "search.png")
+        plot(ropes, args.len, [*evaluate.fitness.values()], args.out / "search.png")
         if args.export:
             args.export.mkdir(parents=True, exist_ok=True)
             (args.export / UNFINISHED).touch()

@@ -131,6 +131,10 @@ def test_windows_from_anywhere_are_of_the_seed_with_bos_first_and_inside_the_doc
         assert any(text[i:i + 80 - len(bos)] == found[len(bos):] for i in range(len(text)))
     row = ppl(tmp_path / "out", *command, "--model", tiny)[0]
     assert (row["documents"], row["windows"], row["tokens"]) == (2, 6, 6 * 79)
+    (tmp_path / "text.txt").write_text(text := (books / "book0.txt").read_text()[:400])
+    tokens = len(load_tokenizer(tiny).encode(text).ids)  # with BOS: a window of so many is the whole text
+    command = ["--model", tiny, "--rope", "none", "--len", tokens, "--data", tmp_path / "text.txt"]
+    assert ppl(tmp_path / "all", *command)[0]["ppl"] == ppl(tmp_path / "any", *command, "--windows", 1)[0]["ppl"]
 
 
 def test_a_run_that_is_stopped_has_its_rows_on_disk_and_the_same_command_goes_on(tmp_path, tiny, books, monkeypatch):
@@ -186,6 +190,7 @@ def test_more_ropes_than_colours_look_different(tmp_path, monkeypatch):
     eval_ppl.plot([{"rope": f"yarn:{s}", "length": 64, "ppl": s, "ppl_by_position": [s] * eval_ppl.BINS}
                    for s in range(2, 14)], tmp_path)
     assert len({(line.get_color(), line.get_marker()) for line in saved[0].axes[0].lines}) == 12
+    assert saved[0].axes[0].get_xticklabels()[0].get_rotation() == 45  # else those of 2048k overlap
 
 
 @pytest.mark.parametrize("script", ["eval_ppl", "eval_passkey"])
@@ -247,7 +252,7 @@ def test_shared_out_work_comes_back_whole_and_in_order(monkeypatch, together):
     ("--rope yran", "yran"), ("--rope none gone/rope.json", "gone/rope.json"), ("--data gone.txt", "gone.txt"),
     ("--len 100000", "no document of 100000 tokens"), ("--len 1", "--len must be"), ("--stride 128", "--stride below"),
     ("--stride 16 --doc-tokens 100", "--doc-tokens at least"), ("--windows 2 --stride 16", "--windows"),
-    ("--windows 2 --doc-tokens 200", "--windows"), ("--windows 2 --len 100000", "no document of 100000 tokens"),
+    ("--windows 2 --doc-tokens 200", "--windows"), ("--windows 2 --len 100000", "no document of 99999 tokens"),
     ("--context-parallel 2 --len 126", "126 tokens"), ("--context-parallel 3", "2 processes")])
 def test_a_mistake_is_one_line_before_anything_is_measured(tmp_path, tiny, books, capsys, monkeypatch, arguments, says):
     monkeypatch.setattr(longrope, "over_window", None)  # measuring would be an error

@@ -302,6 +302,22 @@ def test_where_a_prompt_does_not_fit_that_is_said_and_perplexity_is_what_is_sear
     assert {row["keys"] for row in written(tmp_path)[1]["comparison"]} == {None}
 
 
+def test_no_longer_length_is_advised_for_a_shorter_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "measure", lambda model, rope, item: (6.0, 1) if type(item) is list else 1.0)
+    monkeypatch.setattr(search.time, "perf_counter", iter(range(0, 10**9, 1000)).__next__)
+    search.main(["--len", "1100", "--max-evals", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert "; shorter: --len 1100 --max-evals 16" in capsys.readouterr().out
+
+
+def test_the_picture_has_the_candidates_asked_for_whatever_the_journal_has(undisturbed, tiny, books, tmp_path,
+                                                                            monkeypatch):
+    shutil.copytree(undisturbed.out, tmp_path / "out")
+    drawn = []
+    monkeypatch.setattr(search, "plot", lambda ropes, length, found, path: drawn.extend(found))
+    search.main(command(tiny, books, tmp_path / "out", "--max-evals", 9))
+    assert drawn == [row["fitness"] for row in rows_of(undisturbed.out)[:9]]
+
+
 def test_the_bundled_model_is_searched_for_128_times_its_window(tmp_path, monkeypatch, capsys):
     """search.py --len 131072 --max-evals 2, but for the measuring: a window takes minutes."""
     monkeypatch.setattr(search, "measure", lambda model, rope, item: (6.0, 1) if type(item) is list else 131071.0)

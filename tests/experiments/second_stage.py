@@ -27,7 +27,7 @@ from eval_ppl import anywhere  # noqa: E402
 from finetune import encode_all  # noqa: E402
 from longrope import (Journal, Parser, UserError, begin, data_hash, describe, inv_freq_of,  # noqa: E402
                       load_tokenizer, measured, rank, read_documents, recorded, resolve_rope, resolve_ropes,
-                      rope_to_dict, run, say, title_of, whole, window_nll, write_json)
+                      rope_to_dict, run, say, titles_of, whole, window_nll, write_json)
 from search import Space, formulas, search, second_stage  # noqa: E402
 
 WEIGHT = 0.3  # of the key; with 0.15 a set won that pays for 2% less of the text's NLL with the key in the middle
@@ -53,9 +53,10 @@ def first_sets(args, problem, model):
             for slow, until, turns, factor in itertools.product(args.slow, args.until, args.turns, args.attention)
             if turns > until}
     sets |= formulas(problem, args.len)
+    titles = titles_of(args.rope)
     for (name, _), rope in resolve_ropes(args.rope, [args.len], model).items() if args.rope else ():
         given = rope.at(args.len).over(problem.base)
-        sets[f"given-{title_of(name)}"] = with_lambdas(given, given.rescale_factors)
+        sets[f"given-{titles[name]}"] = with_lambdas(given, given.rescale_factors)
     return {factors: name for name, factors in sets.items()}
 
 

@@ -222,7 +222,7 @@ class Context:
             kv = gather_with_gradient(kv, 0, self.group)  # (2N, B, 2n, K, D): keys, values of process 0, 1, ...
         else:
             kv, mine = kv.new_empty(2 * self.size, *kv.shape[1:]), kv
-            dist.all_gather_into_tensor(kv, mine, self.group)
+            gather(kv, mine, self.group)
         if kv.requires_grad:  # the gradient arrives permuted, and the collective sends memory as it lies
             kv.register_hook(torch.Tensor.contiguous)
         front, back = kv.unflatten(0, (self.size, 2)).chunk(2, dim=3)  # chunks 0 .. N-1, 2N-1 .. N, (N, 2, B, n, K, D)
@@ -504,8 +504,9 @@ def is_compiled(x):
 
 Block.before, Block.after = compiled_on_gpus(Block.before, 1, 0, 0), compiled_on_gpus(Block.after, 1, 1)
 warnings.filterwarnings("ignore", "Argument aux_data")  # of flash-attn-4's compiler, at the first call
+gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the second of each in PyTorch 2.11
 gather_with_gradient = (getattr(functional, "all_gather_single_autograd", None)
-                        or functional.all_gather_tensor_autograd)  # its name in PyTorch 2.11
+                        or functional.all_gather_tensor_autograd)
 
 
 def head_groups(config, tokens, processes=1):

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def one_of(number, count, port, work, arguments):
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stdout = open(os.devnull, "w")
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # a line of PyTorch's for each process
     work(*arguments)
 
 

@@ -1167,6 +1167,7 @@ def say(line, file=None):
         tqdm.write(line, file=file)
 
 
+@functools.cache  # once: finetune.py reads its documents twice
 def warn(line):
     say(line, sys.stderr)
 

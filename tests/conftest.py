@@ -34,6 +34,11 @@ WORDS = ("the a of and in to it was that he she they river mountain letter windo
          "under behind across without quiet old bright small other first last 7 42 1815")
 
 
+@pytest.fixture(autouse=True)
+def every_warning_anew():
+    longrope.warn.cache_clear()
+
+
 def prose(seed, words):
     """Sentences of random words, the same for the same seed."""
     rng, sentences = random.Random(seed), []

@@ -486,6 +486,7 @@ def test_factors_for_the_bundled_model_are_found_where_its_search_left_them(bund
     write_json(never, rope_to_dict(replace(load_rope(committed), short_max_length=0)))
     assert completed(model, "--len", 2048, "--rope", never, "--mix", 1024)[0].at(1024) == load_rope(committed).long
     assert "--mix 1024: trained under the long set, as no short one serves" in capsys.readouterr().err
+    longrope.warn.cache_clear()
     assert completed(model, "--len", 2048, "--rope", "yarn:2", "--mix", 1024)[0].at(1024).attention_factor > 1
     assert "--mix 1024: trained under the long set" in capsys.readouterr().err
     assert completed(model, "--len", 2048, "--rope", "none", "--mix", 1024)[0].long == plain(HEAD_DIM // 2)

@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import eval_ppl
 from longrope import (FORMULAS, Factors, Rope, UserError, inv_freq_of, load_model, load_rope, plain, resolve_ropes,
-                      rope_from_dict, rope_to_dict, rotate, save_model, su_factor, write_json, yarn_factor)
+                      rope_from_dict, rope_to_dict, rotate, save_model, su_factor, warn, write_json,
+                      yarn_factor)
 
 METHODS = {"none": "default", "pi": "linear", "ntk": "dynamic", "yarn": "yarn", "longrope": "longrope"}
 THETA, PAIRS, LLAMA3 = 10000.0, 32, {
@@ -253,8 +254,10 @@ def test_factors_in_no_order_are_read_and_it_is_said(tmp_path, capsys):
         assert load_rope(path).long.rescale_factors == (first, *ONES) and capsys.readouterr().err == said
         save_tiny(tmp_path)
         capsys.readouterr()
+        warn.cache_clear()
         model = load_model(tmp_path, device="meta")  # it is this model's own
         assert capsys.readouterr().err == said and resolve_ropes(["model"], [64, 256], model)["model", 64] == model.rope
+        warn.cache_clear()
         assert resolve_ropes([str(path)], [64, 128, 256], model)[str(path), 256] == model.rope
         assert capsys.readouterr().err == said  # once, whatever the lengths
 

@@ -787,10 +787,10 @@ def resolve_ropes(names, lengths, model):
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
 FAMILIES = {  # projections with a bias, those that are one matrix in the checkpoint, what a silent config.json means
-    "LlamaForCausalLM": ((), {}, {}),
+    "LlamaForCausalLM": ((), {}, {"attention_bias": False, "mlp_bias": False}),
     "MistralForCausalLM": ((), {}, {"num_key_value_heads": 8, "sliding_window": 4096}),
     "Qwen2ForCausalLM": (QKV, {}, QWEN),
-    "Qwen3ForCausalLM": ((), {}, QWEN | {"head_dim": 128}),
+    "Qwen3ForCausalLM": ((), {}, QWEN | {"head_dim": 128, "attention_bias": False}),
     "Phi3ForCausalLM": ((), dict.fromkeys(QKV, "qkv_proj") | dict.fromkeys(GATE_UP, "gate_up_proj"),
                         {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}),  # Phi-4-mini, too
 }
@@ -827,13 +827,11 @@ def read_config(d):
         raise ValueError(f"a partial_rotary_factor, {part}, is supported in Phi3ForCausalLM alone")
     if not 0 < number(said["rms_norm_eps"]) < 1:
         raise ValueError(f"rms_norm_eps {said['rms_norm_eps']} is not between 0 and 1")
-    if d.get("attention_bias") and family in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
-        biased += *QKV, "o_proj"
-    if d.get("mlp_bias") and family == "LlamaForCausalLM":
-        biased += *GATE_UP, "down_proj"
+    own = {key: said[key] for key in silent}  # a switch that the family has not is ignored, as in transformers
+    biased += (*QKV, "o_proj") * bool(own.get("attention_bias")) + (*GATE_UP, "down_proj") * bool(own.get("mlp_bias"))
     sliding = (silent | d).get("sliding_window")  # null: none
-    if sliding and family != "LlamaForCausalLM" and sliding < d["max_position_embeddings"] and (
-            "use_sliding_window" not in silent or said["use_sliding_window"]):
+    if sliding and family != "LlamaForCausalLM" and own.get("use_sliding_window", True) and (
+            sliding < d["max_position_embeddings"]):
         warn(f"its own attention slides over the last {sliding} tokens; here every token attends to all before it")
     rope = rope_of_config(d, turning // 2)
     return LlamaConfig(*(said[name] for name in names), rope, biased, family == "Qwen3ForCausalLM", fused, hf=d)
@@ -1141,7 +1139,7 @@ def join_processes(device=None):
         if device not in (None, "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {device}: torchrun's processes take cuda, one each, where there is one, or cpu")
         gpu = None
-        if torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
+        if torch.cuda.is_available() and device != "cpu":
             gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(gpu)
         long = timedelta(days=1)  # a window can take an hour
@@ -1318,8 +1316,8 @@ def panels_of(count, width, height, **more):
 
 
 def titles_of(ropes):  # in pictures: out/long/rope.json is long, seed0.rope.json seed0, if no other is
-    short = [rope.removesuffix("rope.json").rstrip("/.").rpartition("/")[2].lstrip("_") or rope for rope in ropes]
-    return {rope: title if short.count(title) == 1 else rope for rope, title in zip(ropes, short)}
+    short = [rope.removesuffix("rope.json").rstrip("/.").rpartition("/")[2] or rope for rope in ropes]
+    return {rope: (title if short.count(title) == 1 else rope).lstrip("_") for rope, title in zip(ropes, short)}
 
 
 def warm_up(model, length):

@@ -174,6 +174,7 @@ def test_the_picture_has_a_panel_with_a_name_for_each_rope_three_a_row_at_most(t
     assert saved[0].axes[0].get_gridspec().get_geometry() == (2, 2)
     equal = {"_mine/rope.json": "mine", "a/long/rope.json": "a/long/rope.json", "b/long/rope.json": "b/long/rope.json"}
     assert longrope.titles_of(equal) == equal
+    assert [*longrope.titles_of(["_a/x/rope.json", "b/x/rope.json"]).values()] == ["a/x/rope.json", "b/x/rope.json"]
     eval_passkey.plot([{"rope": rope, "length": 8, "depth": 0.0, "hit": True} for rope in equal], "", tmp_path)
     assert [ax.get_title() for ax in saved[1].axes[:3]] == ["mine, 100%", *(
         f"{name}/long/rope.json\n, 100%" for name in "ab")]

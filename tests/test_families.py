@@ -208,6 +208,13 @@ def test_a_silent_config_means_what_transformers_takes_it_for(tmp_path, capsys, 
     assert f"last {window} tokens" in said if window else said == ""
 
 
+def test_a_bias_that_the_config_names_and_the_checkpoint_lacks_is_missed(tmp_path):
+    save_family(tmp_path, "llama")
+    edit_config(tmp_path, attention_bias=True)
+    with pytest.raises(UserError, match="Missing key.*bias"):
+        load_model(tmp_path, device="cpu")
+
+
 def test_of_a_hub_repository_only_the_needed_files_are_fetched(monkeypatch, tmp_path):
     needed = ["config.json", "rope.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
               "tokenizer.json", "tokenizer.model", "generation_config.json"]

@@ -44,8 +44,8 @@ def tables(page, head):
         yield {name: {int(n): cell for n, cell in zip(lengths, cells) if cell} for name, *cells in rows}
 
 
-def qwen_cells(plots, rope, digits, model="", asked=30, folder="qwen2.5-coder"):
-    """{length: cell}: perplexity, and keys where there are any, of Qwen2.5-Coder under a rope."""
+def cells_under(plots, rope, digits, model="", asked=30, folder="qwen2.5-coder"):
+    """{length: cell}: perplexity, and keys where there are any, of a model (Qwen2.5-Coder-1.5B) under a rope."""
     ppl, hits = (plots.values(ROOT / f"results/{folder}/{what}{model}.jsonl", rope)
                  for what in ("ppl", "passkey"))
     keys = {n: [f"({sum(found)}" + f" of {len(found)}" * (len(found) != asked) + ")"] for n, found in hits.items()}
@@ -94,29 +94,23 @@ def test_the_readme_is_short_in_words_paragraphs_and_tables():
 def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
     text = PAGES[ROOT / "README.md"]
     smollm2, qwen = tables(ROOT / "README.md", r"\|\|")
-    searched = json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
-    first, second = (row["perplexity"]["65536"] for row in searched if row["key_weight"] == 0.03)
-    assert f"perplexity {second:.1f} and {first:.1f} with two seeds (an earlier commit)" in text
     sources = {label: [plots.of_smollm2(what, name, rope) for what in ("ppl", "passkey")]
                for label, name, rope, *_ in plots.SMOLLM2}
     assert {*smollm2} == {*plots.FEW}
     for name, cells in smollm2.items():
         for length, cell in cells.items():
-            (ppl,), hits = (source[length] for source in sources[name])
-            assert cell == f"{ppl:.{0 if ppl > 1000 else 1}f} ({sum(hits)})", (name, length)
-    assert qwen == {name: qwen_cells(plots, rope, 2) for name, rope in (
+            (ppl,), hits = (source.get(length) for source in sources[name])
+            keys = f" ({sum(hits)})" if hits else ""  # within L the searched set is plain RoPE, not asked again
+            assert cell == f"{ppl:.{0 if ppl > 1000 else 1}f}{keys}", (name, length)
+    assert qwen == {name: cells_under(plots, rope, 2) for name, rope in (
         ("plain RoPE", "none"), ("YaRN for the length", "yarn"), ("`yarn:4`, as the 7B's card says", "yarn:4"),
         ("searched for 262144", "262144.rope.json"))}
     bundled = ROOT / "results/bundled"
     ropes = "yarn:9.52", "yarn-su:9.52", "out/seed0/rope.json"
     elsewhere = [plots.values(bundled / "default-unseen.jsonl", rope)[8192][0] for rope in ("yarn", *ropes)]
     keys = json.loads((bundled / "longer.json").read_text())["default"]["of 50 at b1e1939"].values()
-    one_book = [plots.values(ROOT / "results/smollm2/ppl-formula-32k.jsonl", rope)[32768][0]
-                for rope in (*ropes[:2], "default-64k/rope.json")]
     assert ("in other books `yarn` has {:.1f}, `yarn:9.52` {:.1f}, `yarn-su:9.52` {:.1f}, searched {:.1f}; of 50 whole "
-            "prompts the last three answer {}, {} and {} (other seeds {}, {}). On SmolLM2 these three have "
-            "{:.1f}, {:.1f} and [{:.1f}](results/smollm2), one book's first 32768 tokens.").format(
-        *elsewhere, *keys, *one_book) in text
+            "prompts the last three answer {}, {} and {} (other seeds {}, {}).").format(*elsewhere, *keys) in text
     speed = {name: cells for name, *cells in cells_of(PAGES[ROOT / "results/search/README.md"]) if len(cells) == 3}
     (_, theirs, _), (share, default, _) = speed["Algorithm 1"], speed["with the bound and the key, nearly the default"]
     assert "with {} of its tokens; nearly the default, with {}, {:.1%} above".format(
@@ -128,16 +122,51 @@ def test_the_numbers_of_the_readme_are_those_in_its_files(plots):
     assert f"searched {math.sqrt(row['search'] * row['unseen']):.1f} at 8192" in text  # as many tokens in each
 
 
+def test_the_numbers_of_the_recipes_are_those_in_their_files(plots):
+    text, here = PAGES[ROOT / "README.md"], ROOT / "results/smollm2"
+
+    def found(rope):
+        """(lengths, perplexities, keys) of a rope in the recipes' journals."""
+        ppl, hits = (plots.values(here / f"{what}-recipes.jsonl", rope) for what in ("ppl", "passkey"))
+        return [*hits], [f"{ppl[n][0]:.1f}" for n in hits], [sum(some) for some in hits.values()]
+
+    (*_, ppl), keys = found("out/long/rope.json")[1:]
+    (*_, again), again_keys = found("out/long1/rope.json")[1:]
+    (*_, formula), formula_keys = found("yarn-su:8")[1:]
+    (*_, longer), longer_keys = found("yarn-su:9.52")[1:]
+    assert ppl == again
+    assert (f"perplexity {ppl} with two seeds, the formula `yarn-su` (below) {formula}, and {keys[-1]} and "
+            f"{again_keys[-1]} keys of 30, that {formula_keys[-1]}; `yarn-su:9.52` has {longer} and {longer_keys[-1]} "
+            ) in text
+    lengths, trained, trained_keys = found("model")
+    assert lengths == [8192, 16384, 65536, 131072]
+    assert f"has {trained[-1]} and {min(trained_keys)} to {max(trained_keys)}." in text
+    shown = {1: f": {ppl}", 2: f": {keys[-1]} keys", 7: f": {' '.join(trained)}",
+             8: f": {' '.join(map(str, trained_keys))} keys"}
+    *_, table = tables(here / "README.md", r"\| \|")
+    names = {"searched for 65536, seed 0": "out/long/rope.json", "... seed 1": "out/long1/rope.json",
+             "searched for 131072, trained, exported": "model"}
+    formulas = "yarn", "yarn-su", "yarn-su:8", "yarn:9.52", "yarn-su:9.52"
+    assert table == {name: cells_under(plots, rope, 1, "-recipes", folder="smollm2")
+                     for name, rope in ({f"`{rope}`": rope for rope in formulas} | names).items()}
+    misses = [row["answer"].endswith(row["key"]) for row in map(json.loads, (
+        here / "passkey-recipes.jsonl").read_text().splitlines()) if row.get("rope") == "model" and not row["hit"]]
+    assert all(misses) and f"in {len(misses)} of 120" in PAGES[here / "README.md"]
+    lines = json.loads((here / "recipes.json").read_text())["lines"]
+    assert re.findall(r"^    (torchrun .+)$", text, re.MULTILINE) == [
+        f"{line['command']}  # {line['seconds']:.0f}s{shown.get(at, '')}" for at, line in enumerate(lines)]
+
+
 def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
     here = ROOT / "results/qwen2.5-coder"
     ours, small, theirs = tables(here / "README.md", r"\|(?: rope)? \|")
-    assert ours == {name: qwen_cells(plots, rope, 3) for name, rope in (
+    assert ours == {name: cells_under(plots, rope, 3) for name, rope in (
         ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
         ("static YaRN for 4 times", "yarn:4"), ("searched for 262144", "262144.rope.json"),
         ("... with attention factor 1", "262144-factor-1.rope.json"),
         ("searched for 131072, from that set", "131072.rope.json"),
         ("searched for 262144 on the 0.5B", "onto.rope.json"))}
-    assert small == {name: qwen_cells(plots, rope, 3, "-0.5b", asked=10) for name, rope in (
+    assert small == {name: cells_under(plots, rope, 3, "-0.5b", asked=10) for name, rope in (
         ("plain RoPE", "none"), ("NTK for the length", "ntk"), ("YaRN for the length", "yarn"),
         ("static YaRN for 4 times", "yarn:4"), ("searched for 262144 on the 1.5B", "carried.rope.json"),
         ("searched for 262144", "alone.rope.json"), ("... beginning with the 1.5B's", "0.5b.rope.json"),
@@ -179,7 +208,7 @@ def test_the_numbers_of_ruler_are_those_in_its_file():
 def test_the_numbers_of_the_trained_05b_are_those_in_its_files(plots):
     here = ROOT / "results/two-million"
     _, trained, *_ = tables(here / "README.md", r"\| rope \|")
-    assert trained == {name: qwen_cells(plots, rope, 3, "-0.5b", 10, "two-million") for name, rope in (
+    assert trained == {name: cells_under(plots, rope, 3, "-0.5b", 10, "two-million") for name, rope in (
         ("trained with", "model"), ("YaRN for the length", "yarn"), ("plain RoPE", "none"))}
     log = [json.loads(line) for line in (here / "log-0.5b.jsonl").read_text().splitlines()]
     losses = {n: [row["loss"] for row in log if row.get("len") == n] for n in (262144, 32768)}
@@ -273,7 +302,7 @@ def test_the_numbers_of_the_15b_in_whole_prompts_and_windows_are_those_in_its_fi
     whole, *_ = tables(here / "README.md", r"\| rope \|")
     ropes = {"plain RoPE": "none", "searched for 262144": "262144.rope.json", "PI on top": "pi.json",
              "NTK on top": "ntk.json", "YaRN on top": "yarn.json", "the bold set": "1.5b.rope.json"}
-    assert whole == {name: qwen_cells(plots, rope, 3, "-1.5b", 30, "two-million") for name, rope in ropes.items()}
+    assert whole == {name: cells_under(plots, rope, 3, "-1.5b", 30, "two-million") for name, rope in ropes.items()}
     rows = {(row["rope"].rpartition("/")[2], row["length"]): row for row in map(json.loads, (
         here / "ppl-1.5b.jsonl").read_text().splitlines()) if "ppl" in row}
     best, ntk, yarn, pi, alone = (rows[name, 2097152] for name in (

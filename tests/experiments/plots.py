@@ -29,15 +29,16 @@ SMOLLM2 = (
     ("as trained", "128k", "none", "#999999", "-"),
     ("YaRN for each length", "64k", "yarn", "#E69F00", "-"),
     ("YaRN for 65536, su", "64k", "yarn-su.json", "#8C510A", "-"),
-    ("searched for 65536", None, None, "#0072B2", "-"),
+    ("searched for 65536", "recipes", "out/long/rope.json", "#0072B2", "-"),
     ("... without the bound", "64k", "search-64k/rope.json", "#56B4E9", "-"),
     ("... that, then bounded", "64k", "bounded-64k/rope.json", "#56B4E9", "--"),
     ("searched for 131072", "128k", "search-128k/rope.json", "#CC79A7", "-"),
     ("searched for 131072, then bounded", "128k", "bounded-128k/rope.json", "#CC79A7", "--"),
     ("fine-tuned for 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
+    ("... by the recipe, exported", "recipes", "model", "#D55E00", "--"),
     ("control", "control", "none", "#000000", "--"))
 FEW = ("as trained", "YaRN for each length", "YaRN for 65536, su", "searched for 65536", "fine-tuned for 131072",
-       "control")
+       "... by the recipe, exported", "control")
 TWO_MILLION = (
     ("plain RoPE", "1.5b", "none", "#999999", "-"),
     ("searched for 262144", "1.5b", "262144.rope.json", "#0072B2", "-"),
@@ -69,19 +70,7 @@ def values(path, rope):
 
 def of_smollm2(what, name, rope):
     """The `values` of one of SMOLLM2's curves, what: ppl or passkey."""
-    if name:
-        return values(ROOT / f"results/smollm2/{what}-{name}.jsonl", rope)
-    within = {n: found for n, found in of_smollm2(what, "128k", "none").items() if n <= 8192}  # plain RoPE there
-    row = searched_by_default()
-    beyond = {"ppl": {n: [ppl] for n, ppl in row["perplexity"].items()},
-              "passkey": {n: [True] * hits + [False] * (30 - hits) for n, hits in row["keys"]["seed 0"].items()}}[what]
-    return within | {int(n): found for n, found in beyond.items()}
-
-
-def searched_by_default():
-    """SmolLM2's row of seed 0 with the key's weight of search.py, by the defaults of commit 0368b61."""
-    return next(row for row in json.loads((ROOT / "results/search/smollm2.json").read_text())["rows"]
-                if (row["key_weight"], row["seed"]) == (0.03, 0))
+    return values(ROOT / f"results/smollm2/{what}-{name}.jsonl", rope)
 
 
 def of_progressive(what, name, rope):
@@ -107,7 +96,7 @@ def draw(curves, of, left, right, ticks):
 
 def idea(path):
     """SmolLM2, 8 times its window: which pairs turn within the window, their factors, and a slow pair's angle."""
-    found = searched_by_default()["rope"]
+    found = json.loads((ROOT / "results/smollm2/recipes.json").read_text())["ropes"]["out/long"]
     window, theta, s = found["original_max_position_embeddings"], found["rope_theta"], found["factor"]
     pairs = np.arange(len(found["long_factor"]))
     turns = window / (2 * math.pi) * inv_freq_of(np.ones(len(pairs)), theta)

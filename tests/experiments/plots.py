@@ -28,7 +28,7 @@ PROGRESSIVE = (  # label, files, end of the rope's name, colour, line
 SMOLLM2 = (
     ("as trained", "128k", "none", "#999999", "-"),
     ("YaRN for each length", "64k", "yarn", "#E69F00", "-"),
-    ("YaRN for each length, su", "recipes", "yarn-su", "#8C510A", "-"),
+    ("yarn-su", "recipes", "yarn-su", "#8C510A", "-"),
     ("YaRN for 65536, su", "64k", "yarn-su.json", "#8C510A", "--"),
     ("searched for 65536", "recipes", "out/long/rope.json", "#0072B2", "-"),
     ("... without the bound", "64k", "search-64k/rope.json", "#56B4E9", "-"),
@@ -38,7 +38,7 @@ SMOLLM2 = (
     ("fine-tuned for 131072", "tuned", "recovered/rope.json", "#D55E00", "-"),
     ("... by the recipe, exported", "recipes", "model", "#D55E00", "--"),
     ("control", "control", "none", "#000000", "--"))
-FEW = ("as trained", "YaRN for each length", "YaRN for each length, su", "searched for 65536", "fine-tuned for 131072",
+FEW = ("as trained", "YaRN for each length", "yarn-su", "searched for 65536", "fine-tuned for 131072",
        "... by the recipe, exported", "control")
 TWO_MILLION = (
     ("plain RoPE", "1.5b", "none", "#999999", "-"),

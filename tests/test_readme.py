@@ -167,6 +167,18 @@ def test_the_numbers_of_the_recipes_are_those_in_their_files(plots):
         f"{line['command']}  # {line['seconds']:.0f}s{shown.get(at, '')}" for at, line in enumerate(recipes["lines"])]
 
 
+def test_the_numbers_of_searches_without_the_key_are_those_in_their_file():
+    page, rows = PAGES[ROOT / "results/search/README.md"], json.loads(
+        (ROOT / "results/search/keys.json").read_text())["without_the_key"]["rows"]
+    by_default = json.loads((ROOT / "results/bundled/longer.json").read_text())["default"]
+    keys = [by_default["of 50 at b1e1939"][f"seed{seed}"] for seed in range(3)]
+    ppl = [by_default["two unseen books"][f"seed{seed}"] for seed in range(3)]
+    assert "find {}, {} and {}, with it [{}, {} and {}](../bundled)".format(
+        *(row["keys 8192"] for row in rows), *keys) in page
+    assert "{:.2f}, {:.2f} and {:.2f} on two unseen books, with it {:.2f}, {:.2f} and {:.2f}".format(
+        *(row["two unseen books"] for row in rows), *ppl) in page
+
+
 def test_the_numbers_of_the_qwen_page_are_those_in_its_files(plots):
     here = ROOT / "results/qwen2.5-coder"
     ours, small, theirs = tables(here / "README.md", r"\|(?: rope)? \|")

@@ -128,7 +128,7 @@ def test_the_numbers_of_the_recipes_are_those_in_their_files(plots):
 
     def found(rope):
         """(perplexities, keys) of a rope in the recipes' journals, at the lengths at which keys were asked."""
-        ppl, hits = (plots.values(here / f"{what}-recipes.jsonl", rope) for what in ("ppl", "passkey"))
+        ppl, hits = (plots.of_smollm2(what, "recipes", rope) for what in ("ppl", "passkey"))
         return [f"{ppl[n][0]:.1f}" for n in hits], [sum(some) for some in hits.values()]
 
     (*_, ppl), keys = found("out/long/rope.json")
